@@ -1,0 +1,70 @@
+"""`Call`: one inference request in our own words, as dispatch and policies see it.
+
+Owns the facts of a request that routing needs: model, endpoint, keys, prompt. The body's bytes stay as the client
+sent them (UP-1). Prompt text is worked out on first use, because most policies never ask for it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from smg.api.endpoints import Endpoint
+from smg.api.prompt import output_tokens_max, prompt_text, token_ids
+
+
+class Call:
+    """One inference request.
+
+    `model` is the canonical name (aliases resolved, MOD-4), empty when the client gave none and none is needed.
+    `body` are the client's bytes; `document` the decoded JSON object ({} for multipart bodies).
+    `routing_key` is the sticky key of RT-5 or None; `target` the value of `X-SMG-Target-Worker` (RT-4) or None.
+    """
+
+    __slots__ = (
+        "_text",
+        "body",
+        "document",
+        "endpoint",
+        "is_stream",
+        "model",
+        "request_id",
+        "routing_key",
+        "target",
+    )
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        model: str,
+        body: bytes,
+        document: dict[str, Any],
+        *,
+        is_stream: bool = False,
+        routing_key: str | None = None,
+        target: str | None = None,
+        request_id: str = "",
+    ) -> None:
+        self.endpoint = endpoint
+        self.model = model
+        self.body = body
+        self.document = document
+        self.is_stream = is_stream
+        self.routing_key = routing_key
+        self.target = target
+        self.request_id = request_id
+        self._text: str | None = None
+
+    def text(self) -> str:
+        """The routing text (RT-7), computed once."""
+        text = self._text
+        if text is None:
+            text = self._text = prompt_text(self.endpoint, self.document)
+        return text
+
+    def token_ids(self) -> list[int] | None:
+        """The prompt as token ids when the client sent token ids, else None."""
+        return token_ids(self.endpoint, self.document)
+
+    def output_tokens_max(self) -> int | None:
+        """The bound on generated tokens that the client gave, or None."""
+        return output_tokens_max(self.document)

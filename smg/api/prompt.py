@@ -1,0 +1,98 @@
+"""The text of a prompt that routing looks at (RT-7), out of a decoded body.
+
+Pure functions over decoded JSON. Bodies were checked only as far as MOD-6 goes, so anything may hide in them: what
+is not text is passed over, never an error. Text never leaves the node from here; the index keeps hashes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from smg.api.endpoints import Endpoint
+
+
+def prompt_text(endpoint: Endpoint, document: dict[str, Any]) -> str:
+    """The routing text of a request body (RT-7); empty when there is none.
+
+    Chat and messages: system and message texts in order; completions: prompt; generate: text; responses:
+    instructions and input; rerank: query; embeddings and classify: input. Token-id prompts have no text here, see
+    `token_ids`.
+    """
+    name = endpoint.name
+    pieces: list[str] = []
+    if name in ("chat", "messages", "count_tokens"):
+        _add_content(document.get("system"), pieces)
+        _add_messages(document.get("messages"), pieces)
+    elif name == "completions":
+        _add_content(document.get("prompt"), pieces)
+    elif name == "generate":
+        _add_content(document.get("text"), pieces)
+    elif name == "responses":
+        _add_content(document.get("instructions"), pieces)
+        given = document.get("input")
+        if isinstance(given, str):
+            pieces.append(given)
+        else:
+            _add_messages(given, pieces)
+    elif name == "rerank":
+        _add_content(document.get("query"), pieces)
+    else:
+        _add_content(document.get("input"), pieces)
+    return pieces[0] if len(pieces) == 1 else "\n".join(pieces)
+
+
+def token_ids(endpoint: Endpoint, document: dict[str, Any]) -> list[int] | None:
+    """The prompt as token ids where the client sent it so (`input_ids`, or a flat list of ints as `prompt`/`input`)."""
+    if endpoint.name == "generate":
+        given = document.get("input_ids")
+    elif endpoint.name == "completions":
+        given = document.get("prompt")
+    elif endpoint.name == "embeddings":
+        given = document.get("input")
+    else:
+        return None
+    if isinstance(given, list) and given and type(given[0]) is int:
+        return given if all(type(token) is int for token in given) else None
+    return None
+
+
+def output_tokens_max(document: dict[str, Any]) -> int | None:
+    """The bound on generated tokens that the client gave, or None."""
+    for member in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
+        value = document.get(member)
+        if type(value) is int and value >= 0:
+            return value
+    sampling = document.get("sampling_params")
+    if isinstance(sampling, dict):
+        value = sampling.get("max_new_tokens")
+        if type(value) is int and value >= 0:
+            return value
+    return None
+
+
+def _add_messages(messages: object, pieces: list[str]) -> None:
+    if not isinstance(messages, list):
+        return
+    for message in messages:
+        if type(message) is dict:
+            content = message.get("content")
+            if type(content) is str:
+                pieces.append(content)
+            else:
+                _add_content(content, pieces)
+        elif type(message) is str:
+            pieces.append(message)
+
+
+def _add_content(content: object, pieces: list[str]) -> None:
+    """Adds a string, a list of strings, or the texts of a list of content parts."""
+    if isinstance(content, str):
+        pieces.append(content)
+    elif isinstance(content, list):
+        for part in content:
+            if isinstance(part, str):
+                pieces.append(part)
+            elif isinstance(part, dict):
+                text = part.get("text")
+                if isinstance(text, str):
+                    pieces.append(text)
