@@ -90,7 +90,7 @@ class WorkerSpec(msgspec.Struct, frozen=True, omit_defaults=True):
     models: tuple[ModelCard, ...] = ()
     worker_type: str = "regular"
     runtime_type: str | None = None
-    labels: dict[str, str] = {}  # noqa: RUF012 - msgspec copies mutable defaults per instance
+    labels: dict[str, str] = {}
     priority: int = 50
     cost: float = 1.0
     api_key: str | None = None
