@@ -9,7 +9,10 @@ A policy is one file with one class, listed by one line in `smg/policies/__init_
    belongs to the registry and may be the same object for many calls: read it, keep nothing of it but ids.
 2. `placed(call, worker, now)` tells that the request goes to this worker (also when another rule than this policy
    chose it, e.g. `X-SMG-Target-Worker`). Counters move here.
-3. `finished(call, worker, outcome, now)` tells how it ended, exactly once per `placed`.
+3. `first_byte(call, worker, ttft_s, now)` tells that the body of a streamed answer began, at most once per `placed`
+   and before `finished`: the prefill of this call is over on the worker. Dispatch tells it for streams only; the
+   first byte of a plain answer comes with its last token and says nothing about prefill.
+4. `finished(call, worker, outcome, now)` tells how it ended, exactly once per `placed`.
 
 Policies that keep state per worker implement `removed(worker)`: it left, failed or flushed its cache, and owns
 nothing any more. `terms` explains: what each candidate costs, in seconds where the policy thinks in seconds.
@@ -83,6 +86,10 @@ class Policy(Protocol):
         """The call goes to `worker`."""
         ...
 
+    def first_byte(self, call: Call, worker: Worker, ttft_s: float, now: float) -> None:
+        """The streamed answer's body began, `ttft_s` seconds after the call was sent to `worker`."""
+        ...
+
     def finished(self, call: Call, worker: Worker, outcome: Outcome, now: float) -> None:
         """The call ended on `worker`."""
         ...
@@ -105,6 +112,9 @@ class Stateless:
 
     def placed(self, call: Call, worker: Worker, now: float) -> None:
         """Nothing to remember."""
+
+    def first_byte(self, call: Call, worker: Worker, ttft_s: float, now: float) -> None:
+        """Nothing to learn."""
 
     def finished(self, call: Call, worker: Worker, outcome: Outcome, now: float) -> None:
         """Nothing to settle."""
