@@ -1,0 +1,257 @@
+"""The table of every metric family and every span attribute.
+
+It owns names, kinds, labels and help texts; `docs/reference/metrics.md` is derived from it. It must never hold
+a value. A family stands here only if some room feeds it: a name that nobody raises would be a lie on a dashboard.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+COUNTER = "counter"
+GAUGE = "gauge"
+HISTOGRAM = "histogram"
+
+DURATION_BUCKETS_S: tuple[float, ...] = (
+    0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5,
+    1.0, 2.5, 5.0, 10.0, 15.0, 30.0, 45.0, 60.0, 90.0, 120.0, 180.0, 240.0, 300.0, 480.0,
+    900.0, 1200.0, 1800.0, 2700.0, 3600.0, 5400.0, 7200.0,
+)  # fmt: skip
+"""Upper bounds in seconds of every duration histogram (contract section 19: 1 ms to 7200 s). The same bounds as
+Shepherd Model Gateway's, so that dashboards of those who migrate keep their quantiles."""
+
+LOOP_DELAY_BUCKETS_S: tuple[float, ...] = (
+    0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0,
+)  # fmt: skip
+"""Bounds for the lateness of the event loop: below 0.5 ms it is noise of the kernel's timer, above 5 s the
+process hangs and the exact figure helps nobody."""
+
+
+class Family(msgspec.Struct, frozen=True):
+    """One metric family: `name` with its unit last, `kind`, label names in the order of exposition, and help.
+
+    `row` is the promise of the contract that names it. `buckets_s` overrides the duration buckets of a histogram.
+    """
+
+    name: str
+    kind: str
+    labels: tuple[str, ...]
+    help: str
+    row: str
+    buckets_s: tuple[float, ...] = ()
+
+
+_ROUTE = ("router_type", "backend_type", "connection_mode", "model", "endpoint")
+_GENERATION = ("router_type", "backend_type", "model", "endpoint")
+_WORKER_KIND = ("worker_type", "connection_mode")
+
+FAMILIES: tuple[Family, ...] = (
+    # ---- the client's side
+    Family(
+        "smg_http_requests_total",
+        COUNTER,
+        ("method", "path"),
+        "Finished HTTP requests by method and route template.",
+        "MET-1",
+    ),
+    Family(
+        "smg_http_request_duration_seconds",
+        HISTOGRAM,
+        ("method", "path"),
+        "From the request's head to the last byte of its answer.",
+        "MET-1",
+    ),
+    Family(
+        "smg_http_responses_total",
+        COUNTER,
+        ("path", "status_code", "error_code"),
+        "Answers by status; error_code is empty when the answer was relayed or is no error.",
+        "MET-1",
+    ),
+    Family("smg_http_connections_active", GAUGE, (), "Open client connections.", "MET-1"),
+    Family(
+        "smg_http_rate_limit_total",
+        COUNTER,
+        ("result",),
+        "Decisions of admission: allowed or rejected.",
+        "MET-1",
+    ),
+    # ---- routing
+    Family(
+        "smg_router_requests_total",
+        COUNTER,
+        (*_ROUTE, "streaming"),
+        "Finished inference requests that named a served model.",
+        "MET-2",
+    ),
+    Family(
+        "smg_router_request_duration_seconds",
+        HISTOGRAM,
+        _ROUTE,
+        "Inference requests from admission to the last byte of the answer; time in the queue is left out.",
+        "MET-2",
+    ),
+    Family(
+        "smg_router_request_errors_total",
+        COUNTER,
+        (*_ROUTE, "error_type"),
+        "Inference requests that failed: no_workers, timeout, backend_error, validation_error, internal_error.",
+        "MET-2",
+    ),
+    Family(
+        "smg_router_upstream_responses_total",
+        COUNTER,
+        ("router_type", "status_code", "error_code"),
+        "Answers of workers, those of retried attempts among them.",
+        "MET-2",
+    ),
+    Family(
+        "smg_router_ttft_seconds",
+        HISTOGRAM,
+        _GENERATION,
+        "Streams: from the choice of a worker to the first byte of its body.",
+        "MET-3",
+    ),
+    Family(
+        "smg_router_tpot_seconds",
+        HISTOGRAM,
+        _GENERATION,
+        "Streams: mean time per output token after the first.",
+        "MET-3",
+    ),
+    Family(
+        "smg_router_generation_duration_seconds",
+        HISTOGRAM,
+        _GENERATION,
+        "From the choice of a worker to the end of its answer.",
+        "MET-3",
+    ),
+    Family(
+        "smg_router_tokens_total",
+        COUNTER,
+        (*_GENERATION, "token_type"),
+        "Tokens as the worker's usage reports them: input or output.",
+        "MET-3",
+    ),
+    # ---- workers
+    Family(
+        "smg_worker_pool_size",
+        GAUGE,
+        (*_WORKER_KIND, "model"),
+        "Registered workers that serve the model.",
+        "MET-4",
+    ),
+    Family("smg_worker_requests_active", GAUGE, ("worker",), "Requests in flight on the worker.", "MET-4"),
+    Family("smg_worker_health", GAUGE, ("worker",), "1 when the worker is ready, else 0.", "MET-4"),
+    Family(
+        "smg_worker_health_checks_total",
+        COUNTER,
+        ("worker_type", "result"),
+        "Health probes: success or failure.",
+        "MET-4",
+    ),
+    Family(
+        "smg_worker_selection_total",
+        COUNTER,
+        (*_WORKER_KIND, "model", "policy"),
+        "Choices of a worker by a policy.",
+        "MET-4",
+    ),
+    Family(
+        "smg_worker_errors_total",
+        COUNTER,
+        (*_WORKER_KIND, "error_type"),
+        "Failures of workers; a client that leaves is none.",
+        "MET-4",
+    ),
+    Family(
+        "smg_worker_cb_state",
+        GAUGE,
+        ("worker",),
+        "Circuit breaker: 0 closed, 1 open, 2 half open.",
+        "MET-5",
+    ),
+    Family(
+        "smg_worker_cb_transitions_total",
+        COUNTER,
+        ("worker", "from", "to"),
+        "Changes of the circuit breaker's state: closed, open, half_open.",
+        "MET-5",
+    ),
+    Family(
+        "smg_worker_cb_outcomes_total",
+        COUNTER,
+        ("worker", "outcome"),
+        "What the circuit breaker was told: success or failure.",
+        "MET-5",
+    ),
+    Family(
+        "smg_worker_cb_consecutive_failures", GAUGE, ("worker",), "Failures since the last success.", "MET-5"
+    ),
+    Family(
+        "smg_worker_cb_consecutive_successes",
+        GAUGE,
+        ("worker",),
+        "Successes since the last failure.",
+        "MET-5",
+    ),
+    Family(
+        "smg_worker_retries_total",
+        COUNTER,
+        ("worker_type", "endpoint"),
+        "Attempts after the first.",
+        "MET-5",
+    ),
+    Family(
+        "smg_worker_retries_exhausted_total",
+        COUNTER,
+        ("worker_type", "endpoint"),
+        "Requests whose attempts or retry budget were used up.",
+        "MET-5",
+    ),
+    # ---- policies
+    Family("smg_manual_policy_branch_total", COUNTER, ("branch",), "How the manual policy chose.", "MET-6"),
+    Family(
+        "smg_consistent_hashing_policy_branch_total",
+        COUNTER,
+        ("branch",),
+        "How the consistent_hashing policy chose.",
+        "MET-6",
+    ),
+    Family(
+        "smg_prefix_hash_policy_branch_total",
+        COUNTER,
+        ("branch",),
+        "How the prefix_hash policy chose.",
+        "MET-6",
+    ),
+    Family(
+        "smg_manual_policy_cache_entries", GAUGE, (), "Routing keys the manual policy remembers.", "MET-6"
+    ),
+    # ---- the process
+    Family(
+        "smg_admission_inflight",
+        GAUGE,
+        (),
+        "Inference requests that hold a slot of --max-concurrent-requests.",
+        "MET-7",
+    ),
+    Family(
+        "smg_event_loop_delay_seconds",
+        HISTOGRAM,
+        (),
+        "How late a timer of the event loop fires, sampled ten times a second.",
+        "MET-9",
+        LOOP_DELAY_BUCKETS_S,
+    ),
+    Family(
+        "smg_telemetry_series_folded_total",
+        COUNTER,
+        ("family",),
+        "Label sets counted under `other` because their family reached its cap of series.",
+        "section 19",
+    ),
+)
+
+BY_NAME: dict[str, Family] = {family.name: family for family in FAMILIES}
+assert len(BY_NAME) == len(FAMILIES), "a metric is declared once"

@@ -1,0 +1,544 @@
+"""Counters, gauges and histograms, and the Prometheus text they are read by.
+
+This room owns every counted number of the process. A value is a plain attribute that the loop's thread alone
+changes: no lock, no label look-up and no string on the hot path (`docs/decisions/0003-own-counters.md` has the
+measurements against prometheus_client's children). It must never be told a label value that a client invents;
+the cap of series per family is the last resort, not the plan.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate, pairwise
+
+import trio
+from prometheus_client import ProcessCollector
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+from prometheus_client.metrics_core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
+
+from smg.telemetry.catalog import COUNTER, DURATION_BUCKETS_S, FAMILIES, GAUGE, HISTOGRAM, Family
+
+CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
+"""The content type of what `Metrics.render` returns."""
+
+SERIES_MAX = 4096
+"""Children of one family. Label values are bounded by their callers (route templates, served models, workers); a
+fleet of 1,000 workers with 3 breaker states has 6,000 possible transitions of which a few hundred ever happen.
+Past the cap a bug would otherwise grow the process and the scrape without end."""
+
+OTHER = "other"
+"""The value of every label of the child that takes what no longer fits."""
+
+CHUNK_SAMPLES = 256
+"""Lines of text made between two checkpoints of `render_text`: about 0.3 ms, below the noise of the loop."""
+
+Sample = tuple[str, tuple[str, ...], float]
+"""What a source yields: family name, label values in the catalog's order, value."""
+
+Source = Callable[[], Iterable[Sample]]
+
+
+class Counter:
+    """A number that only grows. `value` may be raised in place where a call would cost too much."""
+
+    __slots__ = ("value",)
+
+    def __init__(self) -> None:
+        self.value: float = 0
+
+    def add(self, n: float = 1) -> None:
+        """Raise by `n` >= 0."""
+        self.value += n
+
+
+class Gauge:
+    """A number that goes up and down."""
+
+    __slots__ = ("value",)
+
+    def __init__(self) -> None:
+        self.value: float = 0
+
+    def set(self, value: float) -> None:
+        """Replace the value."""
+        self.value = value
+
+    def add(self, n: float = 1) -> None:
+        """Raise by `n`, or lower by a negative one."""
+        self.value += n
+
+
+class Histogram:
+    """Observations counted by upper bound. `counts[i]` holds those in (bounds_s[i-1], bounds_s[i]], not added up."""
+
+    __slots__ = ("bounds_s", "counts", "sum_s")
+
+    def __init__(self, bounds_s: Sequence[float]) -> None:
+        self.bounds_s = bounds_s
+        self.counts = [0] * (len(bounds_s) + 1)
+        self.sum_s = 0.0
+
+    def observe(self, seconds: float) -> None:
+        """Count one observation; a bound belongs to its bucket, as `le` says."""
+        self.counts[bisect_left(self.bounds_s, seconds)] += 1
+        self.sum_s += seconds
+
+    @property
+    def count(self) -> int:
+        """All observations."""
+        return sum(self.counts)
+
+
+class HttpSeries:
+    """The series of one method and route template that no model belongs to: probes, worker API, refusals."""
+
+    __slots__ = ("_duration", "_metrics", "_ok", "_path", "_requests", "_responses")
+
+    def __init__(self, metrics: Metrics, method: str, path: str) -> None:
+        self._metrics = metrics
+        self._path = path
+        self._requests = metrics.counter("smg_http_requests_total", method=method, path=path)
+        self._duration = metrics.histogram("smg_http_request_duration_seconds", method=method, path=path)
+        self._responses: dict[tuple[int, str], Counter] = {}
+        self._ok = metrics.response(path, 200, "")
+
+    def finished(self, status: int, error_code: str, duration_s: float) -> None:
+        """Count one answered request; `error_code` is empty unless the gateway made an error answer."""
+        self._requests.value += 1
+        duration = self._duration
+        duration.counts[bisect_left(duration.bounds_s, duration_s)] += 1
+        duration.sum_s += duration_s
+        if status == 200 and not error_code:
+            self._ok.value += 1
+        else:
+            self._metrics.response(self._path, status, error_code).value += 1
+
+
+class RequestSeries:
+    """Everything that one finished inference request raises, bound once per combination of labels.
+
+    One call of `finished` per request; one of `generated` when the worker told its usage.
+    """
+
+    __slots__ = (
+        "_bounds_s",
+        "_duration",
+        "_generation",
+        "_metrics",
+        "_ok",
+        "_path",
+        "_requests",
+        "_route",
+        "_router_duration",
+        "_router_requests",
+        "_router_type",
+        "_upstream_ok",
+    )
+
+    def __init__(
+        self,
+        metrics: Metrics,
+        method: str,
+        path: str,
+        model: str,
+        endpoint: str,
+        streaming: str,
+        router_type: str,
+        backend_type: str,
+        connection_mode: str,
+    ) -> None:
+        self._metrics = metrics
+        self._path = path
+        self._router_type = router_type
+        self._requests = metrics.counter("smg_http_requests_total", method=method, path=path)
+        self._duration = metrics.histogram("smg_http_request_duration_seconds", method=method, path=path)
+        self._bounds_s = self._duration.bounds_s
+        self._ok = metrics.response(path, 200, "")
+        self._upstream_ok = metrics.upstream_response(router_type, 200, "")
+        self._route = route = {
+            "router_type": router_type,
+            "backend_type": backend_type,
+            "connection_mode": connection_mode,
+            "model": model,
+            "endpoint": endpoint,
+        }
+        self._router_requests = metrics.counter("smg_router_requests_total", **route, streaming=streaming)
+        self._router_duration = metrics.histogram("smg_router_request_duration_seconds", **route)
+        self._generation: _Generation | None = None
+
+    def finished(self, status: int, error_code: str, duration_s: float, queued_s: float = 0.0) -> None:
+        """Count one finished request.
+
+        `error_code` is empty for a relayed answer, which then also counts as an upstream response; a gateway
+        error has its code. `duration_s` runs from the request's head, `queued_s` is the part of it spent waiting
+        for admission.
+        """
+        self._requests.value += 1
+        self._router_requests.value += 1
+        bucket = bisect_left(self._bounds_s, duration_s)
+        duration = self._duration
+        duration.counts[bucket] += 1
+        duration.sum_s += duration_s
+        if queued_s:
+            self._router_duration.observe(duration_s - queued_s)
+        else:
+            duration = self._router_duration
+            duration.counts[bucket] += 1
+            duration.sum_s += duration_s
+        if status == 200 and not error_code:
+            self._ok.value += 1
+            self._upstream_ok.value += 1
+            return
+        metrics = self._metrics
+        metrics.response(self._path, status, error_code).value += 1
+        if not error_code:
+            metrics.upstream_response(self._router_type, status, "").value += 1
+
+    def upstream(self, status: int, error_code: str) -> None:
+        """Count a worker's answer that `finished` does not: of a retried attempt, or of a stream that died."""
+        self._metrics.upstream_response(self._router_type, status, error_code).value += 1
+
+    def failed(self, error_type: str) -> None:
+        """Count a failed request: no_workers, timeout, backend_error, validation_error or internal_error."""
+        self._metrics.counter(
+            "smg_router_request_errors_total", **self._route, error_type=error_type
+        ).value += 1
+
+    def generated(
+        self, ttft_s: float | None, generation_s: float, input_tokens: int, output_tokens: int
+    ) -> None:
+        """Count one generation. `ttft_s` is None when the answer was no stream; tokens are 0 when not told.
+
+        Time per output token is the time after the first token over the tokens after the first.
+        """
+        generation = self._generation
+        if generation is None:
+            generation = self._generation = _Generation(self._metrics, self._route)
+        generation.duration.observe(generation_s)
+        if ttft_s is not None:
+            generation.ttft.observe(ttft_s)
+            if output_tokens > 1:
+                generation.tpot.observe((generation_s - ttft_s) / (output_tokens - 1))
+        generation.input_tokens.value += input_tokens
+        generation.output_tokens.value += output_tokens
+
+
+class _Generation:
+    """The part of `RequestSeries` that endpoints without tokens never bind: three histograms are 90 lines of text."""
+
+    __slots__ = ("duration", "input_tokens", "output_tokens", "tpot", "ttft")
+
+    def __init__(self, metrics: Metrics, route: Mapping[str, str]) -> None:
+        labels = {name: value for name, value in route.items() if name != "connection_mode"}
+        self.ttft = metrics.histogram("smg_router_ttft_seconds", **labels)
+        self.tpot = metrics.histogram("smg_router_tpot_seconds", **labels)
+        self.duration = metrics.histogram("smg_router_generation_duration_seconds", **labels)
+        tokens = "smg_router_tokens_total"
+        self.input_tokens = metrics.counter(tokens, **labels, token_type="input")
+        self.output_tokens = metrics.counter(tokens, **labels, token_type="output")
+
+
+Child = Counter | Gauge | Histogram
+
+
+class _Store:
+    """The children of one family by their label values."""
+
+    __slots__ = ("bounds_s", "bounds_text", "children", "family", "overflow")
+
+    def __init__(self, family: Family, bounds_s: Sequence[float]) -> None:
+        self.family = family
+        self.bounds_s = list(family.buckets_s or bounds_s)
+        self.bounds_text = [*map(floatToGoString, self.bounds_s), "+Inf"]
+        self.children: dict[tuple[str, ...], Child] = {}
+        self.overflow = (OTHER,) * len(family.labels)
+
+    def values_of(self, labels: Mapping[str, str]) -> tuple[str, ...]:
+        """Label values in the catalog's order. Raises ValueError when the names are not exactly the declared ones."""
+        family = self.family
+        try:
+            values = tuple([labels[name] for name in family.labels])
+        except KeyError:
+            values = ()
+        if len(values) != len(labels) or len(values) != len(family.labels):
+            raise ValueError(f"{family.name} has the labels {family.labels}, not {tuple(labels)}")
+        return values
+
+    def new_child(self) -> Child:
+        if self.family.kind == COUNTER:
+            return Counter()
+        if self.family.kind == GAUGE:
+            return Gauge()
+        return Histogram(self.bounds_s)
+
+
+class _Exposed(Collector):
+    """What `generate_latest` is given: one family at a time, so that the loop breathes between them."""
+
+    def __init__(self, metric: Metric) -> None:
+        self._metric = metric
+
+    def collect(self) -> Iterable[Metric]:
+        """The family."""
+        return (self._metric,)
+
+
+class Metrics(Collector):
+    """Every metric of the process, and the collector prometheus_client exposes them by.
+
+    All methods belong to the loop's thread. `duration_buckets` are the upper bounds in seconds of all duration
+    histograms (`--prometheus-duration-buckets`). Raises ValueError when they are not finite, positive and rising.
+    """
+
+    def __init__(
+        self, duration_buckets: Sequence[float] = DURATION_BUCKETS_S, series_max: int = SERIES_MAX
+    ) -> None:
+        bounds_s = [float(bound) for bound in duration_buckets]
+        rising = all(low < high for low, high in pairwise(bounds_s))
+        if not bounds_s or not rising or bounds_s[0] <= 0 or not all(map(math.isfinite, bounds_s)):
+            raise ValueError(f"duration buckets must be positive, finite and rising: {bounds_s}")
+        self._series_max = series_max
+        self._stores = {family.name: _Store(family, bounds_s) for family in FAMILIES}
+        self._sources: list[Source] = []
+        self._process = ProcessCollector(registry=None)
+        # Bundles by their label values; bounded like a family.
+        self._http_series: dict[tuple[str, ...], HttpSeries] = {}
+        self._request_series: dict[tuple[str, ...], RequestSeries] = {}
+        self._responses: dict[tuple[str, int, str], Counter] = {}
+        self._upstream_responses: dict[tuple[str, int, str], Counter] = {}
+
+    # -- binding: once per combination of labels, never per event
+
+    def counter(self, name: str, **labels: str) -> Counter:
+        """The counter of these labels (write `from_=` for `from`).
+
+        Raises ValueError when the catalog has no such counter or other label names.
+        """
+        child = self._bind(name, COUNTER, labels)
+        assert isinstance(child, Counter)
+        return child
+
+    def gauge(self, name: str, **labels: str) -> Gauge:
+        """The gauge of these labels. Raises like `counter`."""
+        child = self._bind(name, GAUGE, labels)
+        assert isinstance(child, Gauge)
+        return child
+
+    def histogram(self, name: str, **labels: str) -> Histogram:
+        """The histogram of these labels. Raises like `counter`."""
+        child = self._bind(name, HISTOGRAM, labels)
+        assert isinstance(child, Histogram)
+        return child
+
+    def http_series(self, method: str, path: str) -> HttpSeries:
+        """The bundle of a route that serves no model; cached."""
+        key = (method, path)
+        series = self._http_series.get(key)
+        if series is None:
+            if len(self._http_series) >= self._series_max:
+                key = (OTHER, OTHER)
+            series = self._http_series[key] = HttpSeries(self, *key)
+        return series
+
+    def request_series(
+        self,
+        method: str,
+        path: str,
+        model: str,
+        endpoint: str,
+        streaming: bool,
+        router_type: str,
+        backend_type: str,
+        connection_mode: str,
+    ) -> RequestSeries:
+        """The bundle of one kind of inference request; cached (a dict look-up after the first)."""
+        key = (
+            method,
+            path,
+            model,
+            endpoint,
+            "true" if streaming else "false",
+            router_type,
+            backend_type,
+            connection_mode,
+        )
+        series = self._request_series.get(key)
+        if series is None:
+            if len(self._request_series) >= self._series_max:
+                key = (OTHER,) * 8
+            series = self._request_series[key] = RequestSeries(self, *key)
+        return series
+
+    def response(self, path: str, status: int, error_code: str) -> Counter:
+        """The child of `smg_http_responses_total`, cached without making a string of the status."""
+        key = (path, status, error_code)
+        child = self._responses.get(key)
+        if child is None:
+            child = self.counter(
+                "smg_http_responses_total", path=path, status_code=str(status), error_code=error_code
+            )
+            self._remember(self._responses, key, child)
+        return child
+
+    def upstream_response(self, router_type: str, status: int, error_code: str) -> Counter:
+        """The child of `smg_router_upstream_responses_total`, cached like `response`."""
+        key = (router_type, status, error_code)
+        child = self._upstream_responses.get(key)
+        if child is None:
+            child = self.counter(
+                "smg_router_upstream_responses_total",
+                router_type=router_type,
+                status_code=str(status),
+                error_code=error_code,
+            )
+            self._remember(self._upstream_responses, key, child)
+        return child
+
+    # -- values that are read at scrape time, and values that go
+
+    def add_source(self, source: Source) -> None:
+        """Ask `source` for gauges (or counters kept elsewhere) at each scrape.
+
+        It is called on the loop's thread and must not wait. Values of equal labels add up, so that a source may
+        yield 1 per worker for `smg_worker_pool_size`. What it no longer yields is no longer exposed.
+        """
+        self._sources.append(source)
+
+    def forget(self, **labels: str) -> None:
+        """Drop every child that has all of these labels, as when a worker or a model is removed (MET-10).
+
+        Whoever still holds such a child counts where nobody looks; bind again after this.
+        """
+        wanted = _without_underscore(labels)
+        for store in self._stores.values():
+            names = store.family.labels
+            if not wanted or not all(name in names for name in wanted):
+                continue
+            places = [(names.index(name), value) for name, value in wanted.items()]
+            store.children = {
+                values: child
+                for values, child in store.children.items()
+                if not all(values[place] == value for place, value in places)
+            }
+        # Bundles and caches hold children: the next request binds them anew.
+        gone = set(wanted.values())
+        self._http_series = {k: v for k, v in self._http_series.items() if gone.isdisjoint(k)}
+        self._request_series = {k: v for k, v in self._request_series.items() if gone.isdisjoint(k)}
+        self._responses.clear()
+        self._upstream_responses.clear()
+
+    # -- exposition
+
+    def collect(self) -> Iterator[Metric]:
+        """All families that have a value, then the figures of the process (`process_*`)."""
+        for store, children in self._snapshot():
+            yield _metric(store, children)
+        yield from self._process.collect()
+
+    def render(self) -> bytes:
+        """The Prometheus text at once; blocks for about 1 ms per 100 histograms."""
+        return generate_latest(self)
+
+    async def render_text(self) -> bytes:
+        """The Prometheus text, made in pieces of about 0.3 ms with a checkpoint between them.
+
+        A thread would not spare the loop: it holds the interpreter's lock for 5 ms at a time (decision 0003).
+        Every histogram is consistent in itself; families are read at slightly different moments.
+        """
+        parts: list[bytes] = []
+        for store, children in self._snapshot():
+            lines = len(store.bounds_text) + 2 if store.family.kind == HISTOGRAM else 1
+            step = max(1, CHUNK_SAMPLES // lines)
+            for start in range(0, len(children), step):
+                text = generate_latest(_Exposed(_metric(store, children[start : start + step])))
+                # HELP and TYPE stand once, before the first piece.
+                parts.append(text if start == 0 else text.split(b"\n", 2)[2])
+                await trio.lowlevel.checkpoint()
+        parts.append(generate_latest(self._process))
+        return b"".join(parts)
+
+    # -- private
+
+    def _bind(self, name: str, kind: str, labels: Mapping[str, str]) -> Child:
+        store = self._stores.get(name)
+        if store is None or store.family.kind != kind:
+            raise ValueError(f"the catalog has no {kind} {name}")
+        values = store.values_of(_without_underscore(labels))
+        child = store.children.get(values)
+        if child is None:
+            child = self._new_child(store, values)
+        return child
+
+    def _new_child(self, store: _Store, values: tuple[str, ...]) -> Child:
+        if len(store.children) >= self._series_max and values != store.overflow:
+            self.counter("smg_telemetry_series_folded_total", family=store.family.name).add()
+            values = store.overflow
+        child = store.children.get(values)
+        if child is None:
+            child = store.children[values] = store.new_child()
+        return child
+
+    def _remember(
+        self, cache: dict[tuple[str, int, str], Counter], key: tuple[str, int, str], child: Counter
+    ) -> None:
+        if len(cache) < self._series_max:
+            cache[key] = child
+
+    def _snapshot(self) -> Iterator[tuple[_Store, list[tuple[tuple[str, ...], Child]]]]:
+        """Stores with their children, those of the sources added; one store at a time."""
+        sourced = self._read_sources()
+        for name, store in self._stores.items():
+            children = list(store.children.items())
+            extra = sourced.get(name)
+            if extra:
+                children.extend(extra.items())
+            if children:
+                yield store, children
+
+    def _read_sources(self) -> dict[str, dict[tuple[str, ...], Child]]:
+        sourced: dict[str, dict[tuple[str, ...], Child]] = {}
+        for source in self._sources:
+            for name, values, value in source():
+                store = self._stores.get(name)
+                if store is None or store.family.kind == HISTOGRAM or len(values) != len(store.family.labels):
+                    raise ValueError(f"the catalog has no counter or gauge {name} with {len(values)} labels")
+                assert values not in store.children, "a series has one owner"
+                found = sourced.setdefault(name, {})
+                child = found.get(values)
+                if child is None:
+                    if len(found) >= self._series_max:
+                        values = store.overflow
+                    child = found.setdefault(values, store.new_child())
+                assert not isinstance(child, Histogram)
+                child.value += value
+        return sourced
+
+
+def _without_underscore(labels: Mapping[str, str]) -> Mapping[str, str]:
+    return {name.rstrip("_"): value for name, value in labels.items()}
+
+
+def _metric(store: _Store, children: Iterable[tuple[tuple[str, ...], Child]]) -> Metric:
+    family = store.family
+    if family.kind == HISTOGRAM:
+        histogram = HistogramMetricFamily(family.name, family.help, labels=family.labels)
+        for values, child in children:
+            assert isinstance(child, Histogram)
+            buckets = list(zip(store.bounds_text, accumulate(child.counts), strict=True))
+            histogram.add_metric(values, buckets, child.sum_s)
+        return histogram
+    make = CounterMetricFamily if family.kind == COUNTER else GaugeMetricFamily
+    metric = make(family.name, family.help, labels=family.labels)
+    for values, child in children:
+        assert not isinstance(child, Histogram)
+        metric.add_metric(values, child.value)
+    return metric
