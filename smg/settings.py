@@ -81,9 +81,9 @@ class Listening(Group, frozen=True, kw_only=True):
         int,
         Flag(
             unit="bytes",
-            above=0,
-            doc="Request bodies up to this size are held whole, so that they can be sent again to another worker; a longer "
-            "multipart upload is passed on as it comes. 1 MiB covers prompts of some 200,000 tokens.",
+            at_least=0,
+            doc="A body that the gateway need not read may be held up to this size, so that it can be sent again to another "
+            "worker; a longer one is passed on as it comes. 1 MiB is a prompt of some 200,000 tokens. 0: never held.",
         ),
     ] = 1_048_576
     header_read_timeout_secs: Annotated[
@@ -104,8 +104,7 @@ class Listening(Group, frozen=True, kw_only=True):
         Flag(
             unit="seconds",
             above=0,
-            doc="A request body of which nothing comes, or an answer of which the client takes nothing, is given up after this "
-            "time.",
+            doc="A request body of which nothing comes is given up after this time. Minutes, since phones lose their network.",
         ),
     ] = 300.0
     cors_allowed_origins: Annotated[
@@ -257,8 +256,8 @@ class Telemetry(Group, frozen=True, kw_only=True):
         Flag(
             form=listen_host,
             metavar="HOST",
-            shown_default="as --host",
-            doc="Address of the metrics listener.",
+            shown_default=":: with an IPv6 --host, else 0.0.0.0",
+            doc="Address of the metrics listener. All interfaces, since scrapers are on other hosts (CLI-4).",
         ),
     ] = None
     prometheus_duration_buckets: Annotated[
@@ -360,8 +359,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         return self.discovery.is_on() if told is None else told
 
     def metrics_host(self) -> str:
-        """Address of the metrics listener."""
-        return self.telemetry.prometheus_host or self.listening.host
+        """Address of the metrics listener: as told, else all interfaces of the serving address's family (CLI-4)."""
+        return self.telemetry.prometheus_host or ("::" if ":" in self.listening.host else "0.0.0.0")
 
 
 GROUPS: dict[str, type[Group]] = {

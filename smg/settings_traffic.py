@@ -127,16 +127,16 @@ class Routing(Group, frozen=True, kw_only=True):
         Flag(
             unit="requests",
             above=0,
-            doc="A worker whose engine reports at least this many waiting requests is overloaded.",
+            doc="A worker whose engine reports this many waiting requests or more is overloaded: two or three seconds of wait.",
         ),
     ] = 8
     worker_overload_token_usage: Annotated[
         float,
         Flag(
             unit="share",
-            at_least=0,
+            above=0,
             at_most=1,
-            doc="A worker whose KV cache is filled to this share, and that has requests waiting, is overloaded.",
+            doc="A worker whose KV cache is filled to this share or more is overloaded: engines begin to preempt soon after.",
         ),
     ] = 0.8
     worker_overload_protection: Annotated[

@@ -1,0 +1,153 @@
+"""What must hold between settings: combinations that are refused before a port is bound, and those that deserve a warning.
+
+Owns the rules of CLI-7 and CLI-8 that no single value can break, as pure functions of `Settings`. It must not know which
+policies exist (that table belongs to a higher floor) nor look at files or the network (`smg doctor` does).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+from smg.settings import Settings, SettingsError
+
+_ANY_ADDRESS = frozenset({"0.0.0.0", "::"})
+
+
+def check(settings: Settings) -> None:
+    """Raise SettingsError (with `is_combination` set) for the first combination that may not start (CLI-6, CLI-7)."""
+    for rule in _RULES:
+        rule(settings)
+
+
+def warnings(settings: Settings) -> list[str]:
+    """What may start but is probably not meant; one line each, for the log and `smg doctor`."""
+    found = []
+    workers = settings.workers.worker_urls
+    few = len(workers) < 2 and not settings.discovery.is_on() and not settings.pd.pd_disaggregation
+    if settings.routing.policy == "power_of_two" and few:
+        found.append(
+            f"--policy power_of_two: {len(workers)} worker(s) by flag; it needs two to compare (CLI-8), more may come later"
+        )
+    for flag, urls in (
+        ("--worker-urls", workers),
+        ("--prefill", tuple(worker.url for worker in settings.pd.prefill)),
+        ("--decode", settings.pd.decode),
+    ):
+        found += [f"{flag}: {url}: given more than once, used once" for url in _repeated(urls)]
+    if settings.pd.pd_disaggregation and not settings.discovery.is_on():
+        for leg, given in (("prefill", settings.pd.prefill), ("decode", settings.pd.decode)):
+            if not given:
+                found.append(
+                    f"--{leg}: no {leg} worker by flag; the node is not ready until one is added (LIFE-2)"
+                )
+    if not settings.pd.pd_disaggregation:
+        for flag, policy in (
+            ("--prefill-policy", settings.routing.prefill_policy),
+            ("--decode-policy", settings.routing.decode_policy),
+        ):
+            if policy is not None:
+                found.append(f"{flag}: {policy}: has no effect without --pd-disaggregation")
+    if settings.health.disable_health_check and settings.removes_unhealthy_workers():
+        found.append(
+            "--remove-unhealthy-workers: has no effect with --disable-health-check: no worker ever fails a probe"
+        )
+    if settings.routing.worker_overload_shed and not settings.routing.protects_from_overload():
+        found.append("--worker-overload-shed: has no effect while overload protection is off")
+    if settings.load_polls.disable_load_monitoring and settings.routing.policy in (
+        "least_load",
+        "power_of_two",
+    ):
+        found.append(
+            f"--disable-load-monitoring: {settings.routing.policy} then sees only the requests of this node, not the engines' load"
+        )
+    return found
+
+
+def _backoff(settings: Settings) -> None:
+    retries = settings.retries
+    if retries.retry_max_backoff_ms < retries.retry_initial_backoff_ms:
+        _refuse(
+            "--retry-max-backoff-ms",
+            f"{retries.retry_max_backoff_ms:g}",
+            f"is below --retry-initial-backoff-ms {retries.retry_initial_backoff_ms:g}",
+        )
+
+
+def _buckets(settings: Settings) -> None:
+    bounds = settings.telemetry.prometheus_duration_buckets
+    if any(later <= earlier for earlier, later in pairwise(bounds)):
+        _refuse("--prometheus-duration-buckets", " ".join(f"{bound:g}" for bound in bounds), "must rise")
+
+
+def _ports(settings: Settings) -> None:
+    listening = settings.listening
+    listeners = [("--port", listening.host, listening.port)]
+    listeners.append(("--prometheus-port", settings.metrics_host(), settings.telemetry.prometheus_port))
+    if listening.health_check_port is not None:
+        listeners.append(("--health-check-port", listening.host, listening.health_check_port))
+    for index, (flag, host, port) in enumerate(listeners):
+        for other_flag, other_host, other_port in listeners[:index]:
+            if port == other_port and (host == other_host or {host, other_host} & _ANY_ADDRESS):
+                _refuse(flag, str(port), f"is the port of {other_flag} too")
+
+
+def _aliases(settings: Settings) -> None:
+    models: dict[str, str] = {}
+    for text in settings.workers.model_alias:
+        alias, _, model = text.partition("=")
+        if models.setdefault(alias, model) != model:
+            _refuse("--model-alias", text, f"{alias} already maps to {models[alias]}")
+    for alias, model in models.items():
+        if model in models:
+            _refuse("--model-alias", f"{alias}={model}", f"{model} is an alias itself, of {models[model]}")
+
+
+def _discovery(settings: Settings) -> None:
+    discovery = settings.discovery
+    if not discovery.is_on() or discovery.discovery_file is not None:
+        return
+    if discovery.discovery_provider is not None:
+        _refuse("--discovery-provider", discovery.discovery_provider, "needs --discovery-file")
+    _refuse("--service-discovery", "", "needs --discovery-file (kubernetes is not supported by this release)")
+
+
+def _prefill_decode(settings: Settings) -> None:
+    pd = settings.pd
+    if pd.pd_disaggregation:
+        if settings.workers.worker_urls:
+            _refuse(
+                "--worker-urls",
+                settings.workers.worker_urls[0],
+                "gets no request under --pd-disaggregation; name it with --prefill or --decode",
+            )
+        return
+    if pd.prefill:
+        _refuse("--prefill", pd.prefill[0].url, "needs --pd-disaggregation")
+    if pd.decode:
+        _refuse("--decode", pd.decode[0], "needs --pd-disaggregation")
+
+
+_RULES: tuple[Callable[[Settings], None], ...] = (
+    _backoff,
+    _buckets,
+    _ports,
+    _aliases,
+    _discovery,
+    _prefill_decode,
+)
+
+
+def _refuse(flag: str, value: str, reason: str) -> None:
+    raise SettingsError(flag, repr(value) if value else "", reason, is_combination=True)
+
+
+def _repeated(texts: tuple[str, ...]) -> list[str]:
+    """Texts that occur more than once, in order of their second occurrence."""
+    seen: set[str] = set()
+    repeated: dict[str, None] = {}
+    for text in texts:
+        if text in seen:
+            repeated[text] = None
+        seen.add(text)
+    return list(repeated)
