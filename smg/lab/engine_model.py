@@ -19,7 +19,8 @@ from heapq import heapify, heappop, heappush
 from typing import Literal
 
 import msgspec
-import xxhash
+
+from smg.fleet.block_hashes import chain
 
 WAITING, PREFILLING, DECODING, GONE = range(4)
 """States of a run, in the only order in which they follow each other."""
@@ -504,11 +505,4 @@ def hash_prompt(text: str | bytes, block_bytes: int, seed: int = 0) -> list[int]
     Only full blocks: an engine cannot reuse a block before it is full. `block_bytes` is the engine's
     block in bytes of text, about four times its tokens.
     """
-    data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
-    digest = xxhash.xxh3_64_intdigest
-    hashes = []
-    chain = seed
-    for start in range(0, len(data) - block_bytes + 1, block_bytes):
-        chain = digest(data[start : start + block_bytes], chain)
-        hashes.append(chain)
-    return hashes
+    return chain(text, block_bytes, seed)
