@@ -12,18 +12,11 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise
+from typing import TypeAlias
 
 import trio
 from prometheus_client import ProcessCollector
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
-from prometheus_client.metrics_core import (
-    CounterMetricFamily,
-    GaugeMetricFamily,
-    HistogramMetricFamily,
-    Metric,
-)
-from prometheus_client.registry import Collector
-from prometheus_client.utils import floatToGoString
 
 from smg.telemetry.catalog import COUNTER, DURATION_BUCKETS_S, FAMILIES, GAUGE, HISTOGRAM, Family
 from smg.telemetry.series import HttpSeries, RequestSeries
@@ -39,21 +32,25 @@ Past the cap a bug would otherwise grow the process and the scrape without end."
 OTHER = "other"
 """The value of every label of the child that takes what no longer fits."""
 
-CHUNK_SAMPLES = 256
-"""Lines of text made between two checkpoints of `render_text`: about 0.3 ms, below the noise of the loop."""
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+"""Methods that are label values; a client may invent others, which count as `other`."""
 
-Sample = tuple[str, tuple[str, ...], float]
+PIECE_LINES = 1024
+"""Lines of text made between two checkpoints of `render_text`: about 0.2 ms, below the noise of the loop."""
+
+Sample: TypeAlias = tuple[str, tuple[str, ...], float]
 """What a source yields: family name, label values in the catalog's order, value."""
 
-Source = Callable[[], Iterable[Sample]]
+Source: TypeAlias = Callable[[], Iterable[Sample]]
 
 
 class Counter:
     """A number that only grows. `value` may be raised in place where a call would cost too much."""
 
-    __slots__ = ("value",)
+    __slots__ = ("labels", "value")
 
-    def __init__(self) -> None:
+    def __init__(self, labels: str = "") -> None:
+        self.labels = labels
         self.value: float = 0
 
     def add(self, n: float = 1) -> None:
@@ -64,9 +61,10 @@ class Counter:
 class Gauge:
     """A number that goes up and down."""
 
-    __slots__ = ("value",)
+    __slots__ = ("labels", "value")
 
-    def __init__(self) -> None:
+    def __init__(self, labels: str = "") -> None:
+        self.labels = labels
         self.value: float = 0
 
     def set(self, value: float) -> None:
@@ -81,9 +79,10 @@ class Gauge:
 class Histogram:
     """Observations counted by upper bound. `counts[i]` holds those in (bounds_s[i-1], bounds_s[i]], not added up."""
 
-    __slots__ = ("bounds_s", "counts", "sum_s")
+    __slots__ = ("bounds_s", "counts", "labels", "sum_s")
 
-    def __init__(self, bounds_s: Sequence[float]) -> None:
+    def __init__(self, bounds_s: Sequence[float], labels: str = "") -> None:
+        self.labels = labels
         self.bounds_s = bounds_s
         self.counts = [0] * (len(bounds_s) + 1)
         self.sum_s = 0.0
@@ -99,7 +98,8 @@ class Histogram:
         return sum(self.counts)
 
 
-Child = Counter | Gauge | Histogram
+Child: TypeAlias = Counter | Gauge | Histogram
+"""`labels` of each is its text as it stands in the exposition, made once: `a="b",c="d"`."""
 
 
 class _Store:
@@ -110,7 +110,7 @@ class _Store:
     def __init__(self, family: Family, bounds_s: Sequence[float]) -> None:
         self.family = family
         self.bounds_s = list(family.buckets_s or bounds_s)
-        self.bounds_text = [*map(floatToGoString, self.bounds_s), "+Inf"]
+        self.bounds_text = [*map(_number, self.bounds_s), "+Inf"]
         self.children: dict[tuple[str, ...], Child] = {}
         self.overflow = (OTHER,) * len(family.labels)
 
@@ -125,27 +125,36 @@ class _Store:
             raise ValueError(f"{family.name} has the labels {family.labels}, not {tuple(labels)}")
         return values
 
-    def new_child(self) -> Child:
+    def new_child(self, values: tuple[str, ...]) -> Child:
+        labels = ",".join(
+            [f'{name}="{_escape(value)}"' for name, value in zip(self.family.labels, values, strict=True)]
+        )
         if self.family.kind == COUNTER:
-            return Counter()
+            return Counter(labels)
         if self.family.kind == GAUGE:
-            return Gauge()
-        return Histogram(self.bounds_s)
+            return Gauge(labels)
+        return Histogram(self.bounds_s, labels)
+
+    def head(self) -> str:
+        family = self.family
+        return f"# HELP {family.name} {family.help}\n# TYPE {family.name} {family.kind}\n"
+
+    def lines(self, child: Child) -> list[str]:
+        name, labels = self.family.name, child.labels
+        braced = f"{{{labels}}}" if labels else ""
+        if not isinstance(child, Histogram):
+            return [f"{name}{braced} {_number(child.value)}\n"]
+        opening = f'{name}_bucket{{{labels},le="' if labels else f'{name}_bucket{{le="'
+        totals = list(accumulate(child.counts))
+        lines = [
+            f'{opening}{bound}"}} {total}\n' for bound, total in zip(self.bounds_text, totals, strict=True)
+        ]
+        lines.append(f"{name}_sum{braced} {_number(child.sum_s)}\n{name}_count{braced} {totals[-1]}\n")
+        return lines
 
 
-class _Exposed(Collector):
-    """What `generate_latest` is given: one family at a time, so that the loop breathes between them."""
-
-    def __init__(self, metric: Metric) -> None:
-        self._metric = metric
-
-    def collect(self) -> Iterable[Metric]:
-        """The family."""
-        return (self._metric,)
-
-
-class Metrics(Collector):
-    """Every metric of the process, and the collector prometheus_client exposes them by.
+class Metrics:
+    """Every metric of the process, and their text.
 
     All methods belong to the loop's thread. `duration_buckets` are the upper bounds in seconds of all duration
     histograms (`--prometheus-duration-buckets`). Raises ValueError when they are not finite, positive and rising.
@@ -162,6 +171,7 @@ class Metrics(Collector):
         self._stores = {family.name: _Store(family, bounds_s) for family in FAMILIES}
         self._sources: list[Source] = []
         self._process = ProcessCollector(registry=None)
+        self._process_limiter = trio.CapacityLimiter(1)
         # Bundles by their label values; bounded like a family.
         self._http_series: dict[tuple[str, ...], HttpSeries] = {}
         self._request_series: dict[tuple[str, ...], RequestSeries] = {}
@@ -195,6 +205,9 @@ class Metrics(Collector):
         """The bundle of a route that serves no model; cached."""
         key = (method, path)
         series = self._http_series.get(key)
+        if series is None and method not in METHODS:
+            key = (OTHER, path)
+            series = self._http_series.get(key)
         if series is None:
             if len(self._http_series) >= self._series_max:
                 key = (OTHER, OTHER)
@@ -290,33 +303,23 @@ class Metrics(Collector):
 
     # -- exposition
 
-    def collect(self) -> Iterator[Metric]:
-        """All families that have a value, then the figures of the process (`process_*`)."""
-        for store, children in self._snapshot():
-            yield _metric(store, children)
-        yield from self._process.collect()
-
     def render(self) -> bytes:
-        """The Prometheus text at once; blocks for about 1 ms per 100 histograms."""
-        return generate_latest(self)
+        """The Prometheus text at once; blocks for about 9 us per histogram."""
+        return b"".join([*self._pieces(), generate_latest(self._process)])
 
     async def render_text(self) -> bytes:
-        """The Prometheus text, made in pieces of about 0.3 ms with a checkpoint between them.
+        """The Prometheus text, made in pieces of about 0.2 ms with a checkpoint between them.
 
         A thread would not spare the loop: it holds the interpreter's lock for 5 ms at a time (decision 0003).
-        Every histogram is consistent in itself; families are read at slightly different moments.
+        Every series is consistent in itself; families are read at slightly different moments.
         """
-        parts: list[bytes] = []
-        for store, children in self._snapshot():
-            lines = len(store.bounds_text) + 2 if store.family.kind == HISTOGRAM else 1
-            step = max(1, CHUNK_SAMPLES // lines)
-            for start in range(0, len(children), step):
-                text = generate_latest(_Exposed(_metric(store, children[start : start + step])))
-                # HELP and TYPE stand once, before the first piece.
-                parts.append(text if start == 0 else text.split(b"\n", 2)[2])
-                await trio.lowlevel.checkpoint()
-        parts.append(generate_latest(self._process))
-        return b"".join(parts)
+        pieces = []
+        for piece in self._pieces():
+            pieces.append(piece)
+            await trio.lowlevel.checkpoint()
+        # The kernel lists open files for this one: 9 ms with 10,000 connections, and the lock is free meanwhile.
+        process = await trio.to_thread.run_sync(generate_latest, self._process, limiter=self._process_limiter)
+        return b"".join([*pieces, process])
 
     # -- private
 
@@ -336,7 +339,7 @@ class Metrics(Collector):
             values = store.overflow
         child = store.children.get(values)
         if child is None:
-            child = store.children[values] = store.new_child()
+            child = store.children[values] = store.new_child(values)
         return child
 
     def _remember(
@@ -345,16 +348,21 @@ class Metrics(Collector):
         if len(cache) < self._series_max:
             cache[key] = child
 
-    def _snapshot(self) -> Iterator[tuple[_Store, list[tuple[tuple[str, ...], Child]]]]:
-        """Stores with their children, those of the sources added; one store at a time."""
+    def _pieces(self) -> Iterator[bytes]:
         sourced = self._read_sources()
+        lines: list[str] = []
         for name, store in self._stores.items():
-            children = list(store.children.items())
-            extra = sourced.get(name)
-            if extra:
-                children.extend(extra.items())
+            # A copy: between two pieces the loop may bind or forget children.
+            children = [*store.children.values(), *sourced.get(name, {}).values()]
             if children:
-                yield store, children
+                lines.append(store.head())
+            for child in children:
+                lines += store.lines(child)
+                if len(lines) >= PIECE_LINES:
+                    # A label that is no valid Unicode must not cost the whole scrape.
+                    yield "".join(lines).encode("utf-8", "replace")
+                    lines = []
+        yield "".join(lines).encode("utf-8", "replace")
 
     def _read_sources(self) -> dict[str, dict[tuple[str, ...], Child]]:
         sourced: dict[str, dict[tuple[str, ...], Child]] = {}
@@ -369,7 +377,7 @@ class Metrics(Collector):
                 if child is None:
                     if len(found) >= self._series_max:
                         values = store.overflow
-                    child = found.setdefault(values, store.new_child())
+                    child = found.setdefault(values, store.new_child(values))
                 assert not isinstance(child, Histogram)
                 child.value += value
         return sourced
@@ -379,18 +387,12 @@ def _without_underscore(labels: Mapping[str, str]) -> Mapping[str, str]:
     return {name.rstrip("_"): value for name, value in labels.items()}
 
 
-def _metric(store: _Store, children: Iterable[tuple[tuple[str, ...], Child]]) -> Metric:
-    family = store.family
-    if family.kind == HISTOGRAM:
-        histogram = HistogramMetricFamily(family.name, family.help, labels=family.labels)
-        for values, child in children:
-            assert isinstance(child, Histogram)
-            buckets = list(zip(store.bounds_text, accumulate(child.counts), strict=True))
-            histogram.add_metric(values, buckets, child.sum_s)
-        return histogram
-    make = CounterMetricFamily if family.kind == COUNTER else GaugeMetricFamily
-    metric = make(family.name, family.help, labels=family.labels)
-    for values, child in children:
-        assert not isinstance(child, Histogram)
-        metric.add_metric(values, child.value)
-    return metric
+def _escape(value: str) -> str:
+    return value.replace("\\", "\\\\").replace("\n", "\\n").replace('"', '\\"')
+
+
+def _number(value: float) -> str:
+    """As Go's strconv reads it."""
+    if math.isfinite(value):
+        return repr(value)
+    return "NaN" if math.isnan(value) else "+Inf" if value > 0 else "-Inf"

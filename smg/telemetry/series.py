@@ -12,20 +12,19 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from smg.telemetry.metrics import Counter, Metrics
+    from smg.telemetry.metrics import Metrics
 
 
 class HttpSeries:
     """The series of one method and route template that no model belongs to: probes, worker API, refusals."""
 
-    __slots__ = ("_duration", "_metrics", "_ok", "_path", "_requests", "_responses")
+    __slots__ = ("_duration", "_metrics", "_ok", "_path", "_requests")
 
     def __init__(self, metrics: Metrics, method: str, path: str) -> None:
         self._metrics = metrics
         self._path = path
         self._requests = metrics.counter("smg_http_requests_total", method=method, path=path)
         self._duration = metrics.histogram("smg_http_request_duration_seconds", method=method, path=path)
-        self._responses: dict[tuple[int, str], Counter] = {}
         self._ok = metrics.response(path, 200, "")
 
     def finished(self, status: int, error_code: str, duration_s: float) -> None:
