@@ -1,0 +1,248 @@
+"""What a prefill costs in seconds, how many characters a token has, and how much a worker's cache holds.
+
+This room owns the numbers that turn a prompt into seconds, each learned online from what answers tell:
+the seconds of prefill as a function of uncached and cached tokens (per model and worker class), the
+characters per token (per model), and the capacity of each worker's cache (from predicted against
+actual cached tokens). It starts from a table, it may start wrong by a factor of two or more, and every
+number is clamped, so that one absurd answer cannot bend a choice for long. It never reads a clock.
+
+The form of the prefill is `a + u / R + k * u * (h + u / 2)` for u uncached tokens behind h cached ones:
+a fixed part, a linear part and attention (docs/routing.md 4.1). It is linear in (a, 1/R, k), so the fit
+is recursive least squares with exponential forgetting (Ljung, "System Identification", 2nd ed., 11.2),
+on relative errors: a short prefill counts as much as a long one.
+"""
+
+from __future__ import annotations
+
+import re
+
+import msgspec
+
+FORGETTING = 0.995
+"""Weight of an observation per later one: about the last 200 count."""
+FORGETTING_FAST = 0.9
+"""The same at the start and while errors lean to one side: about the last 10 count."""
+BIAS_RATIO = 0.2
+"""A mean relative error beyond this is not noise."""
+NOISE_RATIO = 0.2
+"""Assumed relative error of one observation: waits are estimated and engines batch."""
+OUTLIER_RATIO = 1.0
+"""An error beyond this share of the prediction is cut to it: a stalled request must not teach much."""
+CERTAINTY_MAX = 4.0
+"""Bound of each parameter's relative variance, so that forgetting without news does not wind up."""
+MODELS_MAX = 1_024
+"""(model, worker class) pairs with their own fit."""
+
+_BASE_S = (0.0, 2.0)
+_PER_TOKEN_S = (1e-8, 5e-2)
+_PER_PAIR_S = (0.0, 1e-6)
+
+
+class PrefillSeed(msgspec.Struct, frozen=True):
+    """Where a fit starts. The default is an 8B-class dense model on one recent accelerator."""
+
+    base_s: float = 0.008
+    per_token_s: float = 1 / 12_000
+    per_pair_s: float = 2e-9
+
+
+_SIZE = re.compile(r"(?<![a-z0-9.])(?:(\d+)x)?(\d+(?:\.\d+)?)b(?![a-z0-9])")
+_ACTIVE = re.compile(r"(?<![a-z0-9])a(\d+(?:\.\d+)?)b(?![a-z0-9])")
+
+
+def seed_for(model: str) -> PrefillSeed:
+    """A first guess from the size that a model's name tells: cost grows with the active parameters.
+
+    `Qwen3-30B-A3B` is taken for 3, `Mixtral-8x7B` for 14 (two experts of eight), a name without size for 8.
+    """
+    name = model.lower().replace("_", "-")
+    billions = 8.0
+    active, size = _ACTIVE.search(name), _SIZE.search(name)
+    if active is not None:
+        billions = float(active.group(1))
+    elif size is not None:
+        billions = float(size.group(2)) * (2.0 if size.group(1) else 1.0)
+    scale = min(max(billions / 8.0, 0.05), 64.0)
+    base = PrefillSeed()
+    return PrefillSeed(base.base_s, base.per_token_s * scale, base.per_pair_s * scale)
+
+
+class PrefillModel:
+    """Seconds of prefill of one model on one class of workers, fitted as answers come in.
+
+    Invariant: all three parameters are within their clamps, so `seconds` grows with uncached tokens.
+    """
+
+    __slots__ = ("_bias", "_units", "_variance", "base_s", "observations", "per_pair_s", "per_token_s")
+
+    def __init__(self, seed: PrefillSeed | None = None) -> None:
+        seed = seed if seed is not None else PrefillSeed()
+        self.base_s = _clamped(seed.base_s, _BASE_S)
+        self.per_token_s = _clamped(seed.per_token_s, _PER_TOKEN_S)
+        self.per_pair_s = _clamped(seed.per_pair_s, _PER_PAIR_S)
+        # Parameters are fitted in units of their seeds, starting 100 % unsure and uncorrelated.
+        self._units = (max(self.base_s, 1e-3), self.per_token_s, max(self.per_pair_s, 1e-11))
+        self._variance = [[1.0 if row == column else 0.0 for column in range(3)] for row in range(3)]
+        self._bias = 0.0
+        self.observations = 0
+
+    def seconds(self, uncached_tokens: float, cached_tokens: float) -> float:
+        """Seconds of prefill for `uncached_tokens` behind `cached_tokens` on a worker that decodes nothing."""
+        return (
+            self.base_s
+            + uncached_tokens * self.per_token_s
+            + self.per_pair_s * uncached_tokens * (cached_tokens + 0.5 * uncached_tokens)
+        )
+
+    def observe(self, uncached_tokens: float, cached_tokens: float, seconds: float) -> float:
+        """Learn from one prefill that took `seconds` (without its wait); the relative error before learning."""
+        predicted = self.seconds(uncached_tokens, cached_tokens)
+        error = seconds / predicted - 1.0
+        cut = _clamped(error, (-OUTLIER_RATIO, OUTLIER_RATIO))
+        # Errors to one side mean that the worker changed or the seed was wrong: then the past counts less.
+        self._bias += 0.1 * (cut - self._bias)
+        keep = FORGETTING if abs(self._bias) < BIAS_RATIO and self.observations >= 20 else FORGETTING_FAST
+        gain = self._gain(uncached_tokens, cached_tokens, predicted, keep)
+        units = self._units
+        self.base_s = _clamped(self.base_s + units[0] * gain[0] * cut, _BASE_S)
+        step = _clamped(units[1] * gain[1] * cut, (-0.67 * self.per_token_s, 2.0 * self.per_token_s))
+        self.per_token_s = _clamped(self.per_token_s + step, _PER_TOKEN_S)
+        self.per_pair_s = _clamped(self.per_pair_s + units[2] * gain[2] * cut, _PER_PAIR_S)
+        self.observations += 1
+        return error
+
+    def _gain(self, uncached: float, cached: float, predicted: float, keep: float) -> list[float]:
+        """One step of the covariance; how far each parameter moves per unit of relative error."""
+        units = self._units
+        features = (
+            units[0] / predicted,
+            units[1] * uncached / predicted,
+            units[2] * uncached * (cached + 0.5 * uncached) / predicted,
+        )
+        variance = self._variance
+        spread = [sum(line[column] * features[column] for column in range(3)) for line in variance]
+        total = NOISE_RATIO**2 * keep + sum(features[row] * spread[row] for row in range(3))
+        gain = [value / total for value in spread]
+        for row in range(3):
+            for column in range(3):
+                variance[row][column] = (variance[row][column] - gain[row] * spread[column]) / keep
+        largest = max(variance[0][0], variance[1][1], variance[2][2])
+        if largest > CERTAINTY_MAX:
+            shrink = CERTAINTY_MAX / largest
+            for line in variance:
+                for column in range(3):
+                    line[column] *= shrink
+        return gain
+
+
+class PrefillModels:
+    """The fits of all (model, worker class) pairs of a node, made on first use."""
+
+    __slots__ = ("_fits", "_seed")
+
+    def __init__(self, seed: PrefillSeed | None = None) -> None:
+        self._fits: dict[tuple[str, str], PrefillModel] = {}
+        self._seed = seed
+
+    def get(self, model: str, worker_class: str = "") -> PrefillModel:
+        """The fit of a pair; a new class starts from what another class of the same model has learned."""
+        key = (model, worker_class)
+        fit = self._fits.get(key)
+        if fit is None:
+            if len(self._fits) >= MODELS_MAX:
+                del self._fits[next(iter(self._fits))]
+            fit = self._fits[key] = PrefillModel(self._first_guess(model))
+        return fit
+
+    def _first_guess(self, model: str) -> PrefillSeed:
+        for (name, _), fit in self._fits.items():
+            if name == model and fit.observations >= 20:
+                return PrefillSeed(fit.base_s, fit.per_token_s, fit.per_pair_s)
+        return self._seed if self._seed is not None else seed_for(model)
+
+
+class TokenLength:
+    """Characters of routing text per prompt token of one model (the template's own tokens included)."""
+
+    __slots__ = ("_chars", "_tokens")
+
+    CHARS_PER_TOKEN = 4.0
+    """English text in the vocabularies of today; 1.5 for Chinese, 3 for code. Learned within a few answers."""
+    _PRIOR_TOKENS = 2_000.0
+    _KEEP = 0.99
+
+    def __init__(self) -> None:
+        self._chars = self.CHARS_PER_TOKEN * self._PRIOR_TOKENS
+        self._tokens = self._PRIOR_TOKENS
+
+    @property
+    def chars_per_token(self) -> float:
+        """The estimate, between 0.25 and 32."""
+        return min(max(self._chars / self._tokens, 0.25), 32.0)
+
+    def tokens(self, chars: int) -> int:
+        """Expected prompt tokens of a routing text; at least 1."""
+        return max(1, round(chars / self.chars_per_token))
+
+    def observe(self, chars: int, prompt_tokens: int) -> None:
+        """An answer told how many tokens a prompt had."""
+        if chars <= 0 or prompt_tokens <= 0 or not 0.05 <= chars / prompt_tokens <= 100.0:
+            return  # an image, a document: its tokens are not in the text
+        self._chars = self._chars * self._KEEP + chars
+        self._tokens = self._tokens * self._KEEP + prompt_tokens
+
+
+class CacheCapacity:
+    """The learned capacity of one worker's prefix cache, in blocks of the index.
+
+    Every minute, or after enough answers, predicted and actual cached tokens are compared. Fewer than
+    predicted: the worker forgets sooner than we thought, the bound shrinks by a tenth. As many: it
+    grows by 2 %, if the bound is what keeps the index from claiming more.
+    """
+
+    __slots__ = ("_actual", "_answers", "_predicted", "_since_s", "blocks")
+
+    PERIOD_S = 60.0
+    ANSWERS = 64
+    """Answers that end a period early: a busy worker is learned in seconds."""
+    ANSWERS_MIN = 8
+    TOLERANCE = 0.05
+    """Share of predicted tokens that may be missing: engines cache in blocks of their own."""
+    BLOCKS_MIN = 32
+
+    def __init__(self, blocks: int) -> None:
+        self.blocks = max(blocks, self.BLOCKS_MIN)
+        self._predicted = 0
+        self._actual = 0
+        self._answers = 0
+        self._since_s: float | None = None
+
+    def observe(self, predicted_tokens: int, actual_tokens: int, used_blocks: int, now: float) -> int | None:
+        """An answer told its cached tokens. The new capacity when it changes, else None.
+
+        `used_blocks` are the blocks that the index claims for this worker now. Only claims can be
+        wrong, so answers with nothing predicted do not count.
+        """
+        if predicted_tokens <= 0:
+            return None
+        if self._since_s is None:
+            self._since_s = now
+        self._predicted += predicted_tokens
+        self._actual += min(actual_tokens, predicted_tokens)
+        self._answers += 1
+        if self._answers < self.ANSWERS and now - self._since_s < self.PERIOD_S:
+            return None
+        before = self.blocks
+        if self._answers >= self.ANSWERS_MIN:
+            if self._actual < (1.0 - self.TOLERANCE) * self._predicted:
+                # From what is claimed, not from a bound that was never reached.
+                self.blocks = max(self.BLOCKS_MIN, min(self.blocks, used_blocks) * 9 // 10)
+            elif used_blocks >= self.blocks * 9 // 10:
+                self.blocks += max(1, self.blocks // 50)
+        self._predicted = self._actual = self._answers = 0
+        self._since_s = now
+        return self.blocks if self.blocks != before else None
+
+
+def _clamped(value: float, bounds: tuple[float, float]) -> float:
+    return min(max(value, bounds[0]), bounds[1])
