@@ -107,7 +107,7 @@ def loads_ranks(body: bytes) -> list[RankLoad]:
     """The ranks in an answer of `/v1/loads` or SGLang's `/get_load`; empty when the body is no such answer."""
     try:
         document = msgspec.json.decode(body)
-    except (msgspec.DecodeError, RecursionError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return []
     rows: Any = document
     if isinstance(document, dict):

@@ -179,7 +179,17 @@ def test_the_older_get_load_counts_running_as_all_but_waiting() -> None:
 
 @pytest.mark.parametrize(
     "body",
-    [b"", b"{}", b"null", b"[1,2]", b'{"loads":{}}', b'{"loads":[{}]}', b"[" * 200_000, b'{"error":"x"}'],
+    [
+        b"",
+        b"{}",
+        b"null",
+        b"[1,2]",
+        b'{"loads":{}}',
+        b'{"loads":[{}]}',
+        b"[" * 200_000,
+        b'{"\x80":1}',
+        b'{"error":"x"}',
+    ],
 )
 def test_a_body_without_loads_gives_nothing(body: bytes) -> None:
     assert loads_ranks(body) == []
