@@ -65,3 +65,7 @@ class UpstreamError(SmgError):
 
 class ClientGone(SmgError):
     """The client left (HTTP-13); nobody waits for the answer any more."""
+
+
+class ShuttingDown(SmgError):
+    """The grace period is over (LIFE-6): what is still running ends now, streams with their failure frame."""

@@ -1,0 +1,295 @@
+"""A byte connection of the data path: a non-blocking socket and its readiness.
+
+Owns reading, writing and closing of one socket, plain or TLS. `receive` waits first and reads once (a failed read
+costs an exception, and after a request the answer is never there yet); `send` writes at once and waits only for
+what the kernel did not take. Never parses, never decides how long to wait: deadlines are on the parking.
+"""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from typing import Protocol
+
+import trio
+
+from smg.net.readiness import Parking, Readiness, Slot
+
+RECEIVE_BYTES = 64 << 10  # one read; larger reads stop paying off on loopback and in memory per connection
+
+
+class ConnectionLost(Exception):
+    """The other side has reset or closed the connection, or the network failed."""
+
+
+class DeadlinePassed(Exception):
+    """The parking's deadline passed before the operation ended."""
+
+
+class Connection(Protocol):
+    """What server and client need of a connection; `PlainConnection` and `TlsConnection` are it."""
+
+    slot: Slot
+
+    async def receive(self, parking: Parking) -> bytes:
+        """Waits for bytes; b"" at the end of input. Raises `ConnectionLost`, `DeadlinePassed`."""
+        ...
+
+    def receive_nowait(self) -> bytes | None:
+        """Bytes that are there now, b"" at the end of input, None when there are none. Raises `ConnectionLost`."""
+        ...
+
+    def send_nowait(self, data: bytes) -> int:
+        """Hands bytes to the kernel; how many of `data` it took. Raises `ConnectionLost`."""
+        ...
+
+    async def send(self, parking: Parking, data: bytes | memoryview) -> None:
+        """Sends all of `data`. Raises `ConnectionLost`, `DeadlinePassed`."""
+        ...
+
+    def send_gathered_nowait(self, head: bytes, body: bytes) -> int:
+        """As `send_nowait` for two pieces in one call, without joining them."""
+        ...
+
+    def shutdown_send(self) -> None:
+        """Tells the other side that nothing more comes; it may still be reading."""
+        ...
+
+    def close(self) -> None:
+        """Closes at once; safe to call twice."""
+        ...
+
+    def abort(self) -> None:
+        """Closes with a reset, so that the other side cannot take the end for a regular one (DN-5)."""
+        ...
+
+
+class PlainConnection:
+    """A TCP connection without TLS."""
+
+    __slots__ = ("_readiness", "_recv", "_send", "_sock", "slot")
+
+    def __init__(self, sock: socket.socket, readiness: Readiness) -> None:
+        self._sock = sock
+        self._readiness = readiness
+        self._recv = sock.recv
+        self._send = sock.send
+        self.slot = readiness.register(sock)
+
+    async def receive(self, parking: Parking) -> bytes:
+        """See `Connection.receive`."""
+        slot = self.slot
+        while True:
+            if not slot.is_readable and not await parking.wait_readable(slot):
+                raise DeadlinePassed
+            data = self.receive_nowait()
+            if data is not None:
+                if len(data) == RECEIVE_BYTES:
+                    # More may wait: let others run, or one fast sender starves the loop.
+                    await trio.lowlevel.checkpoint()
+                return data
+
+    def receive_nowait(self) -> bytes | None:
+        """See `Connection.receive_nowait`."""
+        slot = self.slot
+        try:
+            data = self._recv(RECEIVE_BYTES)
+        except BlockingIOError:
+            slot.is_readable = False
+            return None
+        except OSError as error:
+            raise ConnectionLost(str(error)) from None
+        if len(data) < RECEIVE_BYTES and not slot.is_hung_up:
+            # Drained. After a hang-up the flag stays: the end of input was already reported and is not again.
+            slot.is_readable = False
+        return data
+
+    def send_nowait(self, data: bytes) -> int:
+        """See `Connection.send_nowait`."""
+        try:
+            return self._send(data)
+        except BlockingIOError:
+            self.slot.is_writable = False
+            return 0
+        except OSError as error:
+            raise ConnectionLost(str(error)) from None
+
+    async def send(self, parking: Parking, data: bytes | memoryview) -> None:
+        """See `Connection.send`."""
+        slot = self.slot
+        view = memoryview(data)
+        while view:
+            try:
+                sent = self._send(view)
+            except BlockingIOError:
+                sent = 0
+            except OSError as error:
+                raise ConnectionLost(str(error)) from None
+            if sent == len(view):
+                return
+            view = view[sent:]
+            slot.is_writable = False
+            if not await parking.wait_writable(slot):
+                raise DeadlinePassed
+
+    def send_gathered_nowait(self, head: bytes, body: bytes) -> int:
+        """Hands two pieces to the kernel in one call, without joining them; how many bytes it took."""
+        try:
+            return self._sock.sendmsg((head, body))
+        except BlockingIOError:
+            self.slot.is_writable = False
+            return 0
+        except OSError as error:
+            raise ConnectionLost(str(error)) from None
+
+    def shutdown_send(self) -> None:
+        """Tells the other side that nothing more comes; it may still be reading (HTTP-8)."""
+        try:
+            self._sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass  # already closed by the other side: the same end
+
+    def close(self) -> None:
+        """See `Connection.close`."""
+        self._readiness.forget(self.slot)
+        self._sock.close()
+
+    def abort(self) -> None:
+        """See `Connection.abort`."""
+        try:
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_ZERO)
+        except OSError:
+            pass  # already closed: there is nothing left to reset
+        self.close()
+
+
+_LINGER_ZERO = b"\x01\x00\x00\x00\x00\x00\x00\x00"  # struct linger {on=1, seconds=0}: close sends RST
+
+
+class TlsConnection:
+    """TLS over a `PlainConnection`, through memory buffers.
+
+    Handshake first: `await handshake(parking)`. A read may find bytes that are already decrypted, so the slot's
+    flag is set again while any are left.
+    """
+
+    __slots__ = ("_incoming", "_outgoing", "_plain", "_tls", "slot")
+
+    def __init__(
+        self,
+        plain: PlainConnection,
+        context: ssl.SSLContext,
+        *,
+        server_side: bool,
+        server_name: str | None = None,
+    ) -> None:
+        self._plain = plain
+        self._incoming = ssl.MemoryBIO()
+        self._outgoing = ssl.MemoryBIO()
+        self._tls = context.wrap_bio(
+            self._incoming, self._outgoing, server_side=server_side, server_hostname=server_name
+        )
+        self.slot = plain.slot
+
+    async def handshake(self, parking: Parking) -> None:
+        """Runs the handshake. Raises `ConnectionLost` (also for a failed verification), `DeadlinePassed`."""
+        while True:
+            try:
+                self._tls.do_handshake()
+            except ssl.SSLWantReadError:
+                await self._flush(parking)
+                data = await self._plain.receive(parking)
+                if not data:
+                    raise ConnectionLost("closed during the TLS handshake") from None
+                self._incoming.write(data)
+                continue
+            except ssl.SSLError as error:
+                self._drop_outgoing()
+                raise ConnectionLost(f"TLS handshake failed: {error.reason or error}") from None
+            await self._flush(parking)
+            return
+
+    async def receive(self, parking: Parking) -> bytes:
+        """See `Connection.receive`."""
+        while True:
+            data = self._read()
+            if data is not None:
+                return data
+            more = await self._plain.receive(parking)
+            if not more:
+                return b""
+            self._incoming.write(more)
+
+    def receive_nowait(self) -> bytes | None:
+        """See `Connection.receive_nowait`."""
+        data = self._read()
+        if data is not None:
+            return data
+        more = self._plain.receive_nowait()
+        if more is None:
+            return None
+        if not more:
+            return b""
+        self._incoming.write(more)
+        data = self._read()
+        if data is not None and (self._incoming.pending or self._tls.pending()):
+            self.slot.is_readable = True
+        return data
+
+    def send_nowait(self, data: bytes) -> int:
+        """See `Connection.send_nowait`; takes nothing: TLS records are sent by `send`."""
+        return 0
+
+    async def send(self, parking: Parking, data: bytes | memoryview) -> None:
+        """See `Connection.send`."""
+        view = memoryview(data)
+        while view:
+            try:
+                taken = self._tls.write(view[:RECEIVE_BYTES])
+            except ssl.SSLError as error:
+                raise ConnectionLost(f"TLS: {error.reason or error}") from None
+            view = view[taken:]
+            await self._flush(parking)
+
+    def send_gathered_nowait(self, head: bytes, body: bytes) -> int:
+        """Takes nothing, as `send_nowait`."""
+        return 0
+
+    def shutdown_send(self) -> None:
+        """Sends close_notify as far as the kernel takes it, then shuts down the sending half."""
+        try:
+            self._tls.unwrap()
+        except (ssl.SSLError, ValueError):
+            pass  # unwrap always wants the other side's close_notify; ours is in the buffer now
+        self._drop_outgoing()
+        self._plain.shutdown_send()
+
+    def close(self) -> None:
+        """See `Connection.close`."""
+        self._plain.close()
+
+    def abort(self) -> None:
+        """See `Connection.abort`."""
+        self._plain.abort()
+
+    def _read(self) -> bytes | None:
+        try:
+            return self._tls.read(RECEIVE_BYTES)
+        except ssl.SSLWantReadError:
+            return None
+        except ssl.SSLZeroReturnError:
+            return b""
+        except ssl.SSLError as error:
+            raise ConnectionLost(f"TLS: {error.reason or error}") from None
+
+    async def _flush(self, parking: Parking) -> None:
+        if self._outgoing.pending:
+            await self._plain.send(parking, self._outgoing.read())
+
+    def _drop_outgoing(self) -> None:
+        """Offers the last records (an alert, close_notify) to the kernel and forgets what it does not take."""
+        if self._outgoing.pending:
+            try:
+                self._plain.send_nowait(self._outgoing.read())
+            except ConnectionLost:
+                pass  # the other side is gone, and so is the need to tell it

@@ -1,0 +1,223 @@
+"""The HTTP/1.1 server: accepts connections, reads heads, hands requests to one handler, drains.
+
+One task per connection, written from top to bottom; client departure comes from the readiness service, not from a
+second task. Owns connections and the order of their requests (HTTP-1). Never looks at a path.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+import ssl
+from collections.abc import Awaitable, Callable, Sequence
+from email.utils import formatdate
+
+import trio
+
+from smg.errors import ClientGone, GatewayError, ShuttingDown
+from smg.net.connection import Connection, ConnectionLost, DeadlinePassed, PlainConnection, TlsConnection
+from smg.net.exchange import NO_HEAD, Exchange, ServerLimits
+from smg.net.readiness import Readiness
+from smg.wire.http1 import RequestHead, RequestReader
+
+ACCEPTS_PER_WAKE = 64  # after this many the other tasks get a turn
+OUT_OF_FILES_PAUSE_S = 0.1
+
+Handler = Callable[[Exchange], Awaitable[None]]
+Refuse = Callable[[Exchange, GatewayError], Awaitable[None]]
+Report = Callable[[Exchange, BaseException], None]
+
+
+class Server:
+    """One HTTP server over one or more listening sockets.
+
+    `handle(exchange)` serves a request and writes its answer; `refuse(exchange, error)` answers a request that could
+    not be read, or whose handler raised `GatewayError` before the answer began; `report` is told of faults of the
+    handler (bugs), once, after which the client gets `refuse` with 500.
+    """
+
+    def __init__(
+        self,
+        handle: Handler,
+        refuse: Refuse,
+        report: Report,
+        readiness: Readiness,
+        limits: ServerLimits,
+        *,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        self._handle = handle
+        self._refuse = refuse
+        self._report = report
+        self._readiness = readiness
+        self._limits = limits
+        self._tls = tls
+        self._exchanges: dict[Exchange, None] = {}
+        self._is_draining = False
+        self._accepting = trio.CancelScope()
+        self._date_line = b""
+        self._all_gone = trio.Event()
+        self._tick(0.0)
+        readiness.add_sweeper(self._tick)
+
+    @property
+    def connection_count(self) -> int:
+        """Open client connections (`smg_http_connections_active`)."""
+        return len(self._exchanges)
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether `drain` was called."""
+        return self._is_draining
+
+    async def serve(
+        self,
+        listeners: Sequence[socket.socket],
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Serves until `stop_listening` and the last connection is gone, or until cancelled. Closes the listeners."""
+        async with trio.open_nursery() as connections:
+            try:
+                with self._accepting:
+                    async with trio.open_nursery() as accepts:
+                        for listener in listeners:
+                            accepts.start_soon(self._accept, listener, connections)
+                        task_status.started()
+            finally:
+                for listener in listeners:
+                    listener.close()
+
+    def start_draining(self) -> None:
+        """From now on answers carry `Connection: close` (LIFE-6); listeners stay open."""
+        self._is_draining = True
+
+    def stop_listening(self) -> None:
+        """Closes the listeners and the connections that serve nothing; running requests go on (LIFE-5)."""
+        self._is_draining = True
+        self._accepting.cancel()
+        for exchange in list(self._exchanges):
+            if not exchange.is_busy:
+                exchange.parking.interrupt(ClientGone())
+
+    def cut_off(self) -> None:
+        """The grace period is over: what still runs is told so (LIFE-6)."""
+        for exchange in list(self._exchanges):
+            exchange.parking.interrupt(ShuttingDown())
+
+    async def _accept(self, listener: socket.socket, connections: trio.Nursery) -> None:
+        while True:
+            await trio.lowlevel.wait_readable(listener)
+            for _ in range(ACCEPTS_PER_WAKE):
+                try:
+                    sock, address = listener.accept()
+                except (BlockingIOError, ConnectionAbortedError):
+                    break
+                except OSError as error:
+                    if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                        await trio.sleep(OUT_OF_FILES_PAUSE_S)
+                        break
+                    raise
+                sock.setblocking(False)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                peer = address[0] if isinstance(address, tuple) else ""
+                connections.start_soon(self._converse, sock, peer)
+
+    async def _converse(self, sock: socket.socket, peer: str) -> None:
+        plain = PlainConnection(sock, self._readiness)
+        connection: Connection = plain
+        if self._tls is not None:
+            connection = TlsConnection(plain, self._tls, server_side=True)
+        exchange = Exchange(connection, self._readiness, peer, self._limits, RequestReader())
+        self._exchanges[exchange] = None
+        try:
+            if isinstance(connection, TlsConnection):
+                exchange.parking.deadline_s = self._readiness.now_s + self._limits.header_read_timeout_s
+                await connection.handshake(exchange.parking)
+            while await self._serve_one(exchange):
+                pass
+        except (ClientGone, ConnectionLost, DeadlinePassed, ShuttingDown):
+            pass  # the client is gone, or was told as far as that was possible
+        finally:
+            del self._exchanges[exchange]
+            exchange.close()
+
+    async def _serve_one(self, exchange: Exchange) -> bool:
+        """Reads and serves one request; whether another may follow."""
+        try:
+            head = await self._read_head(exchange)
+        except GatewayError as error:
+            self._begin(exchange, _unreadable())
+            exchange.keep_alive = False
+            await self._refuse(exchange, error)
+            await exchange.end()
+            return False
+        if head is None:
+            return False
+        self._begin(exchange, head)
+        try:
+            await self._handle(exchange)
+        except GatewayError as error:
+            await self._answer_error(exchange, error)
+        except (ClientGone, ShuttingDown):
+            raise
+        except Exception as error:
+            self._report(exchange, error)
+            await self._answer_error(
+                exchange, GatewayError(500, "internal_error", "internal error of the gateway")
+            )
+        return await exchange.end()
+
+    async def _answer_error(self, exchange: Exchange, error: GatewayError) -> None:
+        if exchange.has_begun_answer:
+            exchange.cut()
+            raise ClientGone
+        if error.is_closing:
+            exchange.keep_alive = False
+        await self._refuse(exchange, error)
+
+    def _begin(self, exchange: Exchange, head: RequestHead) -> None:
+        exchange.begin(head, trio.current_time(), self._date_line, self._is_draining)
+
+    async def _read_head(self, exchange: Exchange) -> RequestHead | None:
+        """The next head; None when the client is done. Raises `GatewayError` for heads that cannot be served."""
+        reader = exchange.reader
+        if reader.has_input:
+            head = reader.next_head()
+            if head is not None:
+                return head
+        is_first = exchange.head is NO_HEAD
+        wait_s = self._limits.header_read_timeout_s if is_first else self._limits.idle_timeout_s
+        until_s = self._readiness.now_s + wait_s
+        parking = exchange.parking
+        if self._is_draining and not reader.has_input and not is_first:
+            return None
+        while True:
+            if reader.has_input:
+                # The head has begun: its own time runs from the first byte, however slowly it drips (HTTP-7).
+                until_s = min(until_s, self._readiness.now_s + self._limits.header_read_timeout_s)
+            parking.deadline_s = until_s
+            try:
+                data = await exchange.connection.receive(parking)
+            except DeadlinePassed:
+                if reader.has_input:
+                    raise GatewayError(
+                        408, "request_timeout", "the request head did not come in time"
+                    ) from None
+                return None
+            if not data:
+                return None
+            reader.feed(data)
+            head = reader.next_head()
+            if head is not None:
+                return head
+
+    def _tick(self, now: float) -> None:
+        self._date_line = b"date: " + formatdate(usegmt=True).encode() + b"\r\n"
+
+
+def _unreadable() -> RequestHead:
+    """Stands for a head that could not be parsed, so that the refusal has a request to belong to."""
+    head = RequestHead(b"GET", b"*", [], False)
+    head.keep_alive = False
+    return head
