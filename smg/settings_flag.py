@@ -33,7 +33,8 @@ _HOST = re.compile(r"[0-9A-Za-z:._%-]+")
 class SettingsError(ValueError):
     """A configuration that may not start (CLI-6): names the flag, the value and the reason.
 
-    `is_combination` tells a value that is wrong by itself (exit code 2) from one that is wrong beside another (exit code 1).
+    `is_combination` tells a value that is wrong by itself (exit code 2) from one that is wrong beside another setting or in
+    its surroundings, such as a file that is not there (exit code 1).
     """
 
     def __init__(self, flag: str, value: str, reason: str, *, is_combination: bool = False) -> None:
@@ -275,8 +276,8 @@ def _host_and_port(url: str) -> tuple[str, str]:
     parts = urlsplit(url)
     if "@" in parts.netloc:
         raise ValueError("may not contain a user name or password")
-    if not parts.hostname:
-        raise ValueError("has no host")
+    if not parts.hostname or not parts.hostname.isascii():
+        raise ValueError("has no host name or address")
     try:
         port = parts.port
     except ValueError:
@@ -326,9 +327,22 @@ def _word(flag: Flag, text: str) -> str:
         if word not in flag.choices:
             raise ValueError(f"must be one of {', '.join(flag.choices)}")
         return word
-    if "\0" in text or (flag.is_secret and any(character in text for character in "\r\n")):
-        raise ValueError("contains a line end or a NUL")
+    if flag.is_secret:
+        return _secret(text)
+    if any(ord(character) < 32 or ord(character) == 127 for character in text):
+        raise ValueError("contains a control character")
     return not_empty(text) if flag.form is None else flag.form(text)
+
+
+def _secret(text: str) -> str:
+    """A key must survive the way through a header field: visible ASCII without space at its ends (SEC-2)."""
+    if not text:
+        raise ValueError("is empty; leave it out for no key")
+    if not all(" " <= character <= "~" for character in text):
+        raise ValueError("may contain visible ASCII characters only")
+    if text != text.strip():
+        raise ValueError("begins or ends with white space")
+    return text
 
 
 def _number(field: Field, text: str) -> int | float:

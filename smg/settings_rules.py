@@ -74,6 +74,15 @@ def _backoff(settings: Settings) -> None:
         )
 
 
+def _queue(settings: Settings) -> None:
+    if settings.limits.queue_timeout_secs == 0 and settings.limits.queue_size > 0:
+        _refuse(
+            "--queue-timeout-secs",
+            "0",
+            f"must be greater than 0 while --queue-size is {settings.limits.queue_size}",
+        )
+
+
 def _buckets(settings: Settings) -> None:
     bounds = settings.telemetry.prometheus_duration_buckets
     if any(later <= earlier for earlier, later in pairwise(bounds)):
@@ -130,6 +139,7 @@ def _prefill_decode(settings: Settings) -> None:
 
 _RULES: tuple[Callable[[Settings], None], ...] = (
     _backoff,
+    _queue,
     _buckets,
     _ports,
     _aliases,

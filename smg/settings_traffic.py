@@ -43,7 +43,7 @@ class Routing(Group, frozen=True, kw_only=True):
     balance_rel_threshold: Annotated[
         float,
         Flag(
-            unit="ratio",
+            unit="times",
             aliases=("spill-rel-threshold",),
             at_least=1,
             doc="Load counts as unbalanced when the most burdened worker has more than this many times the load of the least "
@@ -77,7 +77,7 @@ class Routing(Group, frozen=True, kw_only=True):
     prefix_hash_load_factor: Annotated[
         float,
         Flag(
-            unit="ratio",
+            unit="times",
             at_least=1,
             doc="prefix_hash skips a worker with more than this many times the mean load. 1.25 bounds the imbalance while few "
             "keys move (consistent hashing with bounded loads, Mirrokni et al. 2018).",
@@ -133,7 +133,7 @@ class Routing(Group, frozen=True, kw_only=True):
     worker_overload_token_usage: Annotated[
         float,
         Flag(
-            unit="share",
+            unit="parts of 1",
             above=0,
             at_most=1,
             doc="A worker whose KV cache is filled to this share or more is overloaded: engines begin to preempt soon after.",
@@ -190,12 +190,12 @@ class Retries(Group, frozen=True, kw_only=True):
     ] = 30_000.0
     retry_backoff_multiplier: Annotated[
         float,
-        Flag(unit="ratio", at_least=1, doc="Each pause is this many times the one before (RTY-3)."),
+        Flag(unit="times", at_least=1, doc="Each pause is this many times the one before (RTY-3)."),
     ] = 1.5
     retry_jitter_factor: Annotated[
         float,
         Flag(
-            unit="share",
+            unit="parts of 1",
             at_least=0,
             at_most=1,
             doc="Each pause is drawn from 1 - j to 1 + j times its length, so that clients do not return in step (RTY-3).",
@@ -207,7 +207,7 @@ class Retries(Group, frozen=True, kw_only=True):
     retry_budget_ratio: Annotated[
         float,
         Flag(
-            unit="share",
+            unit="parts of 1",
             at_least=0,
             doc="Over 10 s, retries stay below this share of the requests, so that retries never multiply an outage (RTY-4).",
         ),
@@ -344,7 +344,7 @@ class Limits(Group, frozen=True, kw_only=True):
     ] = 100
     queue_timeout_secs: Annotated[
         float,
-        Flag(unit="seconds", above=0, doc="Longest wait for a place (ADM-2)."),
+        Flag(unit="seconds", at_least=0, doc="Longest wait for a place (ADM-2). 0 only without a queue."),
     ] = 60.0
     rate_limit_tokens_per_second: Annotated[
         float | None,
