@@ -110,7 +110,7 @@ class Logger:
         """Something failed that nobody retries."""
         self._log.write(ERROR, self.target, message, fields)
 
-    def exception(self, message: str, error: BaseException, /, **fields: object) -> None:
+    def exception(self, message: str, /, *, error: BaseException, **fields: object) -> None:
         """A bug: the error with its traceback."""
         self._log.write(ERROR, self.target, message, fields, error)
 
@@ -126,8 +126,7 @@ class Log:
         self._stderr: _Output | None = _Output(2)
         self._file: _DailyFile | None = None
         self._library = _LibraryHandler(self)
-        self._second = -1
-        self._second_text = ""
+        self._second = (-1, "")
         # Set while `run` is a task of the loop.
         self._wake: trio.Event | None = None
         self._token: trio.lowlevel.TrioToken | None = None
@@ -183,7 +182,8 @@ class Log:
         error: BaseException | None = None,
     ) -> None:
         """Format a line and hand it to the outputs; never waits while `run` is a task of the loop."""
-        stamp = self._stamp()
+        now = self._clock()
+        stamp = self._stamp(now)
         if self._is_json:
             line = plain = _json_line(stamp, level, target, message, fields, error)
         else:
@@ -195,6 +195,7 @@ class Log:
         if self._stderr is not None:
             self._stderr.append(line)
         if self._file is not None:
+            self._file.turn_day(now)
             self._file.append(plain)
         self._schedule_flush()
 
@@ -244,17 +245,16 @@ class Log:
     def _flush(self, wait_s: float) -> bool:
         is_done = self._stderr is None or self._stderr.flush(wait_s)
         if self._file is not None:
-            self._file.turn_day(self._clock())
             is_done = self._file.flush(wait_s) and is_done
         return is_done
 
-    def _stamp(self) -> str:
-        now = self._clock()
-        second = int(now)
-        if second != self._second:
-            self._second_text = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
-            self._second = second
-        return f"{self._second_text}.{int((now - second) * 1000):03}Z"
+    def _stamp(self, now: float) -> str:
+        second, text = self._second
+        if second != int(now):
+            second = int(now)
+            text = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+            self._second = (second, text)  # One store: threads may log too.
+        return f"{text}.{int((now - second) * 1000):03}Z"
 
 
 class _Output:
@@ -264,7 +264,7 @@ class _Output:
         self._bytes_per_write = bytes_per_write
         self._pending = bytearray()
         self._lost_lines = 0
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._fd = fd
         self._poll = select.poll()
         self._poll.register(fd, select.POLLOUT)
@@ -313,9 +313,18 @@ class _DailyFile(_Output):
 
     def turn_day(self, now: float) -> None:
         """Start a new file when a line of another day than the last one comes."""
-        day = int(now // 86400)
-        if day <= self._day:
+        if int(now // 86400) <= self._day:
             return
+        with self._lock:
+            self._turn_day(int(now // 86400))
+
+    def close(self) -> None:
+        self._poll.unregister(self._fd)
+        os.close(self._fd)
+
+    def _turn_day(self, day: int) -> None:
+        if day <= self._day:
+            return  # Another thread was first.
         self.flush(0.0)
         stamp = time.strftime("%Y-%m-%d", time.gmtime(self._day * 86400))
         self._day = day
@@ -330,10 +339,6 @@ class _DailyFile(_Output):
         old = sorted(self._path.parent.glob(f"{FILE_NAME}.????-??-??"))
         for path in old[:-FILES_KEPT]:
             path.unlink(missing_ok=True)
-
-    def close(self) -> None:
-        self._poll.unregister(self._fd)
-        os.close(self._fd)
 
     def _open(self) -> int:
         return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)

@@ -157,13 +157,13 @@ class Metrics:
     """Every metric of the process, and their text.
 
     All methods belong to the loop's thread. `duration_buckets` are the upper bounds in seconds of all duration
-    histograms (`--prometheus-duration-buckets`). Raises ValueError when they are not finite, positive and rising.
+    histograms (`--prometheus-duration-buckets`; none means the default ones). Raises ValueError when they are not finite, positive and rising.
     """
 
     def __init__(
         self, duration_buckets: Sequence[float] = DURATION_BUCKETS_S, series_max: int = SERIES_MAX
     ) -> None:
-        bounds_s = [float(bound) for bound in duration_buckets]
+        bounds_s = [float(bound) for bound in duration_buckets or DURATION_BUCKETS_S]
         rising = all(low < high for low, high in pairwise(bounds_s))
         if not bounds_s or not rising or bounds_s[0] <= 0 or not all(map(math.isfinite, bounds_s)):
             raise ValueError(f"duration buckets must be positive, finite and rising: {bounds_s}")
