@@ -124,16 +124,17 @@ class LoadReport(msgspec.Struct, frozen=True):
 class Worker:
     """One worker as the gateway knows it; the record that policies, dispatch, probes and metrics share.
 
-    `models` are the canonical names it serves, empty when it told none (MOD-3). `in_flight` are requests from the
+    `models` are the canonical names it serves, empty when it told none (MOD-3); `cards` the same with aliases. `in_flight` are requests from the
     choice of the worker until its answer's last byte is with the client (RT-3); `chars_in_flight` their routing
-    characters (0 where no policy asked for text). `sent_since_report` counts requests placed since `report` came.
-    `is_overloaded` is true while the report is over the `--worker-overload-*` limits. `order` is the rank of
-    registration.
+    characters (0 where no policy asked for text). `sent_since_report` counts requests placed since `report` came, which
+    counts until `report_until_s` (`fleet/load.py`). `is_overloaded` tells that the report was over the
+    `--worker-overload-*` limits; it means nothing once the report is too old. `order` is the rank of registration.
     """
 
     __slots__ = (
         "base_url",
         "breaker",
+        "cards",
         "chars_in_flight",
         "chars_since_report",
         "engine",
@@ -150,6 +151,7 @@ class Worker:
         "order",
         "port",
         "report",
+        "report_until_s",
         "sent_since_report",
         "spec",
         "status",
@@ -174,6 +176,7 @@ class Worker:
         self.order = order
         self.kind = kind or Kind(spec.worker_type)
         self.engine: Engine | None = Engine(spec.runtime_type) if spec.runtime_type else None
+        self.cards: tuple[ModelCard, ...] = ()
         self.models: tuple[str, ...] = ()
         self.status = Status.PENDING
         self.message = ""
@@ -184,6 +187,7 @@ class Worker:
         self.sent_since_report = 0
         self.chars_since_report = 0
         self.report: LoadReport | None = None
+        self.report_until_s = 0.0
         self.is_overloaded = False
 
     def __repr__(self) -> str:
