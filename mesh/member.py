@@ -86,6 +86,8 @@ class Record(msgspec.Struct, frozen=True, gc=False):
     """Ids of the seal keys the node holds, so that a rotation can wait for N/N."""
     meta: bytes = b""
     """Opaque to the mesh, at most META_BYTES_MAX: software version, HTTP address and the like."""
+    down_s: int = 0
+    """In tables, for DEAD and LEFT: seconds since, as the sender counts them, so that all forget together."""
     tail: tuple[object, ...] = ()
 
     @property

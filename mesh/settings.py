@@ -111,7 +111,7 @@ class SwimSettings(msgspec.Struct, frozen=True, kw_only=True):
     tombstone_s: float = 24 * 3600.0
     """Dead and left members are remembered, and dialled, this long."""
 
-    seed_retry_min_s: float = 1.0
+    seed_retry_min_s: float = 0.25
     seed_retry_max_s: float = 4.0
     """A seed that is not a live member is dialled for ever: first after min, doubling up to max, with jitter."""
 
