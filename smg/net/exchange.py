@@ -37,13 +37,15 @@ class Exchange:
     """The serving side's view of one request; reused for every request of a connection.
 
     `has_begun_answer` is true once a byte of the answer may be with the client. `is_streaming` tells that an end of
-    the client's input counts as a departure at once. `keep_alive` may be switched off by whoever answers.
+    the client's input counts as a departure at once. `extra_lines` are header lines that every answer of this request
+    gets, each ended by CRLF. `keep_alive` may be switched off by whoever answers.
     """
 
     __slots__ = (
         "_has_body_left",
         "connection",
         "date_line",
+        "extra_lines",
         "has_begun_answer",
         "head",
         "is_busy",
@@ -79,6 +81,7 @@ class Exchange:
         self.head = NO_HEAD
         self.request_id = ""
         self.date_line = b""
+        self.extra_lines = b""
         self.is_draining = False
         self.is_busy = False
         self.is_streaming = False
@@ -95,6 +98,7 @@ class Exchange:
         self.is_draining = is_draining
         self.keep_alive = head.keep_alive and not is_draining
         self.request_id = ""
+        self.extra_lines = b""
         self.is_busy = True
         self.is_streaming = False
         self.has_begun_answer = False
@@ -169,6 +173,7 @@ class Exchange:
             (
                 STATUS_LINES[status],
                 header_block,
+                self.extra_lines,
                 framing,
                 self.date_line,
                 b"x-request-id: ",

@@ -1,0 +1,184 @@
+"""`handle`: the straight line from a request head to its endpoint.
+
+Owns the order: request id, route, gate, endpoint, error body. Inference paths are matched on the raw target first,
+because they are nearly every request. Never serves anything itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from random import Random
+
+import trio
+
+from smg.api.endpoints import ENDPOINTS, Endpoint
+from smg.errors import ClientGone, GatewayError, ShuttingDown
+from smg.gateway import problem, routes
+from smg.gateway.gates import SERVING, Cors, Gates
+from smg.gateway.generate import Generate
+from smg.net.exchange import Exchange
+from smg.net.plain import PlainHandler, Request, answer
+from smg.telemetry.log import Logger
+from smg.telemetry.metrics import Metrics
+from smg.wire.headers import new_request_id, split_target
+from smg.wire.headers import request_id as given_request_id
+
+
+class App:
+    """The gateway's handler for `net.Server`.
+
+    `endpoints` maps the endpoint names of `gateway/routes.py` to plain handlers. `id_headers` are the names of
+    `--request-id-headers` (RID-1).
+    """
+
+    def __init__(
+        self,
+        generate: Generate,
+        endpoints: Mapping[str, PlainHandler],
+        gates: Gates,
+        cors: Cors | None,
+        metrics: Metrics,
+        log: Logger,
+        rng: Random,
+        *,
+        id_headers: Sequence[str],
+    ) -> None:
+        self._generate = generate
+        self._endpoints = endpoints
+        self._gates = gates
+        self._cors = cors
+        self._metrics = metrics
+        self._log = log
+        self._rng = rng
+        self._id_headers = tuple(name.lower().encode("latin-1") for name in id_headers)
+        self._inference: dict[bytes, Endpoint] = {
+            path.encode(): endpoint for path, endpoint in ENDPOINTS.items()
+        }
+        known = {name for methods in routes.ROUTES.values() for name, _ in methods.values()}
+        missing = known - set(endpoints) - {routes.GENERATE, routes.NOT_IMPLEMENTED}
+        assert not missing, f"endpoints without code: {sorted(missing)}"
+
+    async def handle(self, exchange: Exchange) -> None:
+        """Serves one request. Raises `GatewayError` for `refuse`, `ClientGone`, `ShuttingDown`."""
+        head = exchange.head
+        endpoint = self._inference.get(head.target)
+        if endpoint is not None and head.method == b"POST":
+            self._identify(exchange, endpoint.id_prefix)
+            await self._infer(exchange, endpoint, b"")
+            return
+        path, query = split_target(head.target)
+        endpoint = ENDPOINTS.get(path)
+        self._identify(exchange, endpoint.id_prefix if endpoint is not None else "req-")
+        if endpoint is not None and head.method == b"POST":
+            await self._infer(exchange, endpoint, query.encode("latin-1"))
+            return
+        await self._serve_other(exchange, path, query)
+
+    async def refuse(self, exchange: Exchange, error: GatewayError) -> None:
+        """Answers with an error in the family of the path (section 8)."""
+        path, _ = split_target(exchange.head.target)
+        if not exchange.request_id:
+            self._identify(exchange, "req-")
+            self._metrics.http_series(_method(exchange), routes.UNKNOWN_TEMPLATE).finished(
+                error.status, error.code, trio.current_time() - exchange.started_s
+            )
+        dialect = routes.dialect_of(path)
+        status, block, body = problem.render(error, dialect, exchange.request_id)
+        await exchange.respond(status, block, body)
+
+    def report(self, exchange: Exchange, error: BaseException) -> None:
+        """Logs a fault of the gateway itself (ERR-21)."""
+        self._log.exception("request failed by a fault of the gateway", error=error, request_id=exchange.request_id)
+
+    async def _infer(self, exchange: Exchange, endpoint: Endpoint, query: bytes) -> None:
+        gates = self._gates
+        if not gates.is_serving_open:
+            try:
+                gates.check(SERVING, exchange.head.headers)
+            except GatewayError as error:
+                self._metrics.http_series("POST", endpoint.path).finished(
+                    error.status, error.code, trio.current_time() - exchange.started_s
+                )
+                raise
+        try:
+            await self._generate.serve(exchange, endpoint, query)
+        except ShuttingDown:
+            if exchange.has_begun_answer:
+                raise
+            raise problem.no_available_workers("The gateway is shutting down") from None
+
+    async def _serve_other(self, exchange: Exchange, path: str, query: str) -> None:
+        template = routes.UNKNOWN_TEMPLATE
+        method = _method(exchange)
+        status, code = 500, "internal_error"
+        try:
+            found = routes.find(path)
+            if found is None or method not in found[0].methods:
+                if routes.is_admin_path(path):
+                    self._gates.admin(exchange.head.headers)
+                if found is None:
+                    raise problem.unknown_url(method, path)
+            route, parameters = found
+            template = route.template
+            if method not in route.methods:
+                status, code = await self._other_method(exchange, method, path, route), ""
+                return
+            name, gate = route.methods[method]
+            self._gates.check(gate, exchange.head.headers)
+            if name == routes.NOT_IMPLEMENTED:
+                raise problem.not_implemented(template)
+            response = await exchange.parking.run(
+                self._endpoints[name], Request(exchange, path, query, parameters)
+            )
+            if response is None:
+                raise ClientGone
+            status, code = response.status, dict(response.headers).get("x-smg-error-code", "")
+            await answer(exchange, response)
+        except GatewayError as error:
+            status, code = error.status, error.code
+            raise
+        except ClientGone:
+            status, code = 499, "client_gone"
+            raise
+        finally:
+            self._metrics.http_series(method, template).finished(
+                status, code, trio.current_time() - exchange.started_s
+            )
+
+    async def _other_method(self, exchange: Exchange, method: str, path: str, route: routes.Route) -> int:
+        """OPTIONS gives 204 with `Allow` or a preflight's 200 (HTTP-9, SEC-9); anything else is 405 (HTTP-10)."""
+        if method != "OPTIONS":
+            raise problem.method_not_allowed(method, path, route.allow)
+        fields = exchange.head.fields
+        if self._cors is not None:
+            lines = self._cors.preflight(
+                fields.get(b"origin"),
+                fields.get(b"access-control-request-method"),
+                fields.get(b"access-control-request-headers"),
+            )
+            if lines is not None:
+                exchange.extra_lines = b""  # the preflight's own lines say it all
+                await exchange.respond(
+                    200, "".join(f"{name}: {value}\r\n" for name, value in lines).encode(), b""
+                )
+                return 200
+        await exchange.respond(204, f"allow: {route.allow}\r\n".encode(), b"")
+        return 204
+
+    def _identify(self, exchange: Exchange, prefix: str) -> None:
+        fields = exchange.head.fields
+        exchange.request_id = ""
+        for name in self._id_headers:
+            if name in fields:
+                exchange.request_id = given_request_id(
+                    exchange.head.headers, self._id_headers, prefix, self._rng
+                )
+                break
+        else:
+            exchange.request_id = new_request_id(prefix, self._rng)
+        if self._cors is not None:
+            exchange.extra_lines = self._cors.block(fields.get(b"origin"))
+
+
+def _method(exchange: Exchange) -> str:
+    return exchange.head.method.decode("ascii", "replace")

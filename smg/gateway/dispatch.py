@@ -1,0 +1,398 @@
+"""The one retry loop: chooses a worker, sends, relays, and tries another when nothing was lost by it.
+
+Owns the life of an attempt (contract sections 11 and 12): load counted in and out, the breaker told, the policy told,
+each exactly once whatever happens. Never reads a client's body, never admits, never builds an error body.
+
+    candidates -> policy.choose -> breaker.started, load.begin, policy.placed -> send -> relay
+               -> load.end, breaker.succeeded | failed | abandoned, policy.finished
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from email.utils import parsedate_to_datetime
+from random import Random
+
+import msgspec
+import trio
+
+from smg.api.call import Call
+from smg.api.endpoints import Endpoint
+from smg.backends.http_worker import HttpWorkers, Lines
+from smg.errors import UpstreamError
+from smg.fleet import load
+from smg.fleet.pool import Pool
+from smg.fleet.retry import RetryBudget, RetryRules, is_failure
+from smg.fleet.worker import Worker
+from smg.gateway import problem
+from smg.gateway.relay import StreamBounds, Told, relay_plain, relay_stream
+from smg.gateway.rerank import wrapped as wrapped_rerank
+from smg.gateway.rerank import wraps
+from smg.gateway.tallies import Lane, Tallies
+from smg.net.connection import DeadlinePassed
+from smg.net.exchange import Exchange
+from smg.net.upstream import Upstream
+from smg.policies.policy import Outcome, Policy, Wants
+from smg.wire.headers import returned, value_of
+
+HELD_ANSWER_BYTES_MAX = 1 << 20  # an error answer up to this is kept while another worker is tried
+
+
+class Held(msgspec.Struct, frozen=True):
+    """A whole error answer of a worker, kept until it is known whether a better one comes (RTY-2)."""
+
+    status: int
+    headers: list[tuple[bytes, bytes]]
+    body: bytes
+    id_line: bytes
+
+
+class Failed(msgspec.Struct, frozen=True):
+    """An attempt that did not answer the client: a broken connection (`error`) or an answer worth a retry (`held`)."""
+
+    error: UpstreamError | None = None
+    held: Held | None = None
+
+
+class Dispatch:
+    """Sends calls to workers until one answer is with the client.
+
+    `timeout_s` bounds a request with all its retries (RTY-5). `resend_bytes_max`: a larger body is sent once, so that
+    it need not stay in memory for retries. `note_refused` is told of refused connections, for a probe at once (HLT-2).
+    """
+
+    def __init__(
+        self,
+        workers: HttpWorkers,
+        rules: RetryRules,
+        budget: RetryBudget,
+        bounds: StreamBounds,
+        tallies: Tallies,
+        note_refused: Callable[[Worker], None],
+        rng: Random,
+        *,
+        timeout_s: float,
+        resend_bytes_max: int,
+        sheds_overload: bool,
+    ) -> None:
+        self._workers = workers
+        self._rules = rules
+        self._budget = budget
+        self._bounds = bounds
+        self._tallies = tallies
+        self._note_refused = note_refused
+        self._rng = rng
+        self._timeout_s = timeout_s
+        self._resend_bytes_max = resend_bytes_max
+        self._sheds_overload = sheds_overload
+
+    async def run(
+        self,
+        exchange: Exchange,
+        call: Call,
+        pool: Pool,
+        policy: Policy,
+        lane: Lane,
+        query: bytes,
+        trace: bytes | None = None,
+    ) -> int:
+        """Answers `exchange` from a worker of `pool`; the status that was sent.
+
+        Raises `GatewayError` 502, 503, 504 when no worker answered and none of its bytes went out; `ClientGone`.
+        """
+        now = trio.current_time()
+        self._budget.requested(now)
+        exchange.parking.deadline_s = exchange.started_s + self._timeout_s
+        candidates = self.candidates(call, pool, now)
+        worker = self.choose(call, policy, candidates, now)
+        attempts = 0
+        tried: list[Worker] = []
+        while True:
+            attempts += 1
+            may_retry = attempts < self._rules.attempts_max and call.endpoint.may_retry
+            failed = await self._attempt(exchange, call, worker, policy, lane, query, trace, may_retry)
+            if type(failed) is int:
+                return failed
+            assert isinstance(failed, Failed)
+            if worker not in tried:
+                tried.append(worker)
+            again = await self._next_worker(exchange, call, pool, policy, worker, tried, attempts, failed)
+            if again is None:
+                return await self._give_up(exchange, failed)
+            worker = again
+            self._tallies.retried(call.endpoint, worker)
+
+    def candidates(self, call: Call, pool: Pool, now: float) -> Sequence[Worker]:
+        """Who may get the call (RT-1); never empty. Raises `GatewayError` 503 (ERR-15, ERR-19; RT-4)."""
+        candidates: Sequence[Worker] = pool.candidates(now)
+        if call.target:
+            return [_target(call.target, pool, candidates)]
+        if not candidates:
+            raise problem.no_available_workers()
+        if self._sheds_overload and pool.is_overloaded(now):
+            raise problem.overload_shed()
+        return candidates
+
+    def choose(self, call: Call, policy: Policy, candidates: Sequence[Worker], now: float) -> Worker:
+        """The policy's word; a lone candidate needs none. Raises `GatewayError` 503 when it names nobody."""
+        if len(candidates) == 1:
+            return candidates[0]
+        worker = policy.choose(call, candidates, now, self._rng)
+        if worker is None:
+            raise problem.no_available_workers()
+        return worker
+
+    async def _attempt(
+        self,
+        exchange: Exchange,
+        call: Call,
+        worker: Worker,
+        policy: Policy,
+        lane: Lane,
+        query: bytes,
+        trace: bytes | None,
+        may_retry: bool,
+    ) -> int | Failed:
+        """One attempt on `worker`: the status that was relayed, or why nothing was."""
+        started_s = trio.current_time()
+        breaker = worker.breaker
+        permit = breaker.started(started_s)
+        chars = len(call.text()) if Wants.TEXT in policy.wants else 0
+        load.begin(worker, chars)
+        policy.placed(call, worker, started_s)
+        lane.selected(worker)
+        lines = self._workers.lines(worker)
+        upstream: Upstream | None = None
+        is_success: bool | None = None
+        told = Told()
+        try:
+            upstream = await self._workers.open(
+                call, worker, lines, exchange.head.headers, query, trace, exchange.parking
+            )
+            status = upstream.status
+            is_success = not is_failure(status, worker)
+            if may_retry and self._rules.is_retryable(status):
+                held = await _hold(exchange, upstream, lines)
+                if held is not None:
+                    self._note_rest(worker, held, started_s)
+                    lane.upstream(status)
+                    return Failed(held=held)
+            told = await self._relay(exchange, call, worker, policy, upstream, lines, started_s, told)
+            if told.failure is not None:
+                is_success = False
+                self._tallies.worker_error(worker, told.failure.kind)
+            return status
+        except UpstreamError as error:
+            is_success = False
+            self._tallies.worker_error(worker, error.kind)
+            if error.kind == UpstreamError.REFUSED:
+                self._note_refused(worker)
+            return Failed(error=error)
+        except BaseException:
+            is_success = None  # the client left, or we shut down: the worker is not to blame (STR-9)
+            raise
+        finally:
+            now = trio.current_time()
+            if upstream is not None:
+                self._workers.close(lines, upstream)
+            load.end(worker, chars)
+            if is_success:
+                breaker.succeeded(now, permit)
+            elif is_success is None:
+                breaker.abandoned(permit)
+            else:
+                breaker.failed(now, permit)
+            self._settle(call, worker, policy, lane, upstream, told, is_success, started_s, now)
+
+    async def _relay(
+        self,
+        exchange: Exchange,
+        call: Call,
+        worker: Worker,
+        policy: Policy,
+        upstream: Upstream,
+        lines: Lines,
+        started_s: float,
+        told: Told,
+    ) -> Told:
+        content_type = value_of(upstream.headers, b"content-type")
+        is_events = content_type is not None and content_type.startswith(b"text/event-stream")
+        if upstream.length is None and (is_events or (call.is_stream and not upstream.is_complete)):
+
+            def first_byte(now: float) -> None:
+                policy.first_byte(call, worker, now - started_s, now)
+
+            await relay_stream(
+                exchange, upstream, lines.id_line, call.endpoint.dialect, self._bounds, told, first_byte
+            )
+            return told
+        if wraps(call.endpoint, upstream.status, content_type):
+            return await _relay_rerank(exchange, call, upstream, lines)
+        return await relay_plain(exchange, upstream, lines.id_line)
+
+    def _settle(
+        self,
+        call: Call,
+        worker: Worker,
+        policy: Policy,
+        lane: Lane,
+        upstream: Upstream | None,
+        told: Told,
+        is_success: bool | None,
+        started_s: float,
+        now: float,
+    ) -> None:
+        """Tells policy and metrics how the attempt ended."""
+        usage = told.usage
+        ttft_s = None if told.first_byte_s is None else told.first_byte_s - started_s
+        policy.finished(
+            call,
+            worker,
+            Outcome(
+                0 if upstream is None else upstream.status,
+                is_success,
+                ttft_s,
+                now - started_s,
+                usage.prompt_tokens if usage is not None else None,
+                usage.cached_tokens if usage is not None else None,
+                usage.completion_tokens if usage is not None else None,
+            ),
+            now,
+        )
+        if usage is not None or ttft_s is not None:
+            lane.generated(ttft_s, now - started_s, usage)
+
+    def _note_rest(self, worker: Worker, held: Held, now: float) -> None:
+        """Remembers `Retry-After` of a 429 or 503 (CB-4)."""
+        if held.status in (429, 503):
+            rest_s = _retry_after_s(held.headers)
+            if rest_s is not None:
+                worker.breaker.avoid(now, rest_s)
+
+    async def _next_worker(
+        self,
+        exchange: Exchange,
+        call: Call,
+        pool: Pool,
+        policy: Policy,
+        worker: Worker,
+        tried: list[Worker],
+        attempts: int,
+        failed: Failed,
+    ) -> Worker | None:
+        """Who is tried next (RTY-1 to RTY-4), after the backoff where one is due; None: the failure is the answer."""
+        if not self._may_try_again(call.endpoint, call, attempts, failed):
+            return None
+        now = trio.current_time()
+        others: Sequence[Worker] = ()
+        if not call.target:
+            others = [candidate for candidate in pool.candidates(now) if candidate not in tried]
+        is_repeat = not others and len(tried) == 1
+        if not others and not (is_repeat and self._may_repeat(failed)):
+            return None
+        is_free = failed.error is not None and failed.error.kind == UpstreamError.REFUSED
+        if not is_free and not self._budget.may_retry(now):
+            self._tallies.exhausted(call.endpoint, worker)
+            return None
+        if others:
+            return self.choose(call, policy, others, now)
+        await exchange.parking.sleep(self._rules.backoff_s(attempts - 1, self._rng))
+        if trio.current_time() >= exchange.parking.deadline_s:
+            return None
+        return worker
+
+    def _may_try_again(self, endpoint: Endpoint, call: Call, attempts: int, failed: Failed) -> bool:
+        if attempts >= self._rules.attempts_max:
+            return False
+        error = failed.error
+        if error is None:
+            return endpoint.may_retry and len(call.body) <= self._resend_bytes_max
+        if error.was_sent and (not endpoint.may_retry or len(call.body) > self._resend_bytes_max):
+            return False
+        return error.kind == UpstreamError.BROKEN_STREAM or self._rules.is_retryable_kind(error.kind)
+
+    def _may_repeat(self, failed: Failed) -> bool:
+        """May the only worker be asked again (RTY-2)?"""
+        if failed.held is None:
+            return True
+        return self._rules.is_repeatable(
+            failed.held.status, value_of(failed.held.headers, b"retry-after") is not None
+        )
+
+    async def _give_up(self, exchange: Exchange, failed: Failed) -> int:
+        """The last failure becomes the answer."""
+        held = failed.held
+        if held is None:
+            assert failed.error is not None
+            raise problem.of_upstream(failed.error)
+        head = exchange.head_block(held.status, returned(held.headers) + held.id_line, len(held.body))
+        await exchange.write(head + held.body)
+        return held.status
+
+
+async def _hold(exchange: Exchange, upstream: Upstream, lines: Lines) -> Held | None:
+    """The whole error answer, or None when it is too large to keep: then it is relayed as it is.
+
+    Raises `UpstreamError` when it breaks off.
+    """
+    try:
+        while not upstream.is_complete:
+            if sum(map(len, upstream.pieces)) > HELD_ANSWER_BYTES_MAX:
+                return None
+            await upstream.read_more(exchange.parking)
+    except DeadlinePassed:
+        raise UpstreamError(
+            UpstreamError.TIMEOUT, "answer not complete within the timeout", was_sent=True
+        ) from None
+    return Held(upstream.status, upstream.headers, upstream.take(), lines.id_line)
+
+
+async def _relay_rerank(exchange: Exchange, call: Call, upstream: Upstream, lines: Lines) -> Told:
+    """Wraps a bare array into the object that clients of `/v1/rerank` expect (MOD-8)."""
+    pieces: list[bytes] = []
+    try:
+        while True:
+            pieces.append(upstream.take())
+            if upstream.is_complete:
+                break
+            await upstream.read_more(exchange.parking)
+    except DeadlinePassed:
+        raise UpstreamError(
+            UpstreamError.TIMEOUT, "answer not complete within the timeout", was_sent=True
+        ) from None
+    body = wrapped_rerank(b"".join(pieces), call.document, call.request_id, trio.current_time())
+    head = exchange.head_block(upstream.status, returned(upstream.headers) + lines.id_line, len(body))
+    await exchange.write(head + body)
+    return Told()
+
+
+def _target(target: str, pool: Pool, candidates: Sequence[Worker]) -> Worker:
+    """The worker that `X-SMG-Target-Worker` names: an id, or an index among the model's candidates (RT-4)."""
+    for worker in candidates:
+        if worker.id == target:
+            return worker
+    if target.isascii() and target.isdigit() and len(target) < 6 and int(target) < len(candidates):
+        return candidates[int(target)]
+    raise problem.no_available_workers("X-SMG-Target-Worker names no available worker of this model")
+
+
+def _retry_after_s(headers: list[tuple[bytes, bytes]]) -> float | None:
+    """Seconds of a `Retry-After` header: a number or a date (RFC 9110 section 10.2.3); None without a valid one."""
+    value = value_of(headers, b"retry-after")
+    if value is None:
+        return None
+    text = value.decode("latin-1").strip()
+    try:
+        seconds = float(text)
+    except ValueError:
+        date = value_of(headers, b"date")
+        if date is None:
+            return None
+        try:
+            seconds = (
+                parsedate_to_datetime(text) - parsedate_to_datetime(date.decode("latin-1"))
+            ).total_seconds()
+        except (ValueError, TypeError):
+            return None
+    return seconds if math.isfinite(seconds) and seconds >= 0 else None

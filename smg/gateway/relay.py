@@ -1,0 +1,238 @@
+"""Passes a worker's answer to the client, byte for byte (contract sections 6 and 7).
+
+Owns the two ways: a plain answer, held until it is known to be whole as far as that is cheap (DN-5), and a stream,
+passed on as it comes with keep-alive comments and a failure frame. A tap keeps references to the last pieces, so that
+usage is read once at the end and nothing is looked at per chunk. Never chooses, never retries.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Callable
+
+import msgspec
+import trio
+
+from smg.errors import ShuttingDown, UpstreamError
+from smg.gateway.problem import KEEP_ALIVE, stream_failure
+from smg.net.connection import DeadlinePassed
+from smg.net.exchange import Exchange
+from smg.net.upstream import Upstream
+from smg.wire.headers import returned
+from smg.wire.sse_tail import TAIL_BYTES, ResponsesWatch, closing, has_end_marker, is_between_events
+
+HELD_BYTES_MAX = (
+    64 << 10
+)  # a plain answer up to this is sent when it is whole, so that a loss can be retried (DN-5)
+TAP_PIECES = 64  # last pieces of a stream that the tap refers to; with pieces of >= 64 bytes they hold 4 KiB
+
+_COUNT = re.compile(
+    rb'"(prompt_tokens|completion_tokens|input_tokens|output_tokens|cached_tokens|cache_read_input_tokens)":\s*(\d{1,12})'
+)
+
+
+class Usage(msgspec.Struct):
+    """Token counts that a worker told; None when it told none."""
+
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    cached_tokens: int | None = None
+
+
+class Told(msgspec.Struct):
+    """What a relay found out: time to the first body byte, usage, and whether the worker broke off."""
+
+    first_byte_s: float | None = None
+    usage: Usage | None = None
+    failure: UpstreamError | None = None
+
+
+def usage_of(tail: bytes) -> Usage | None:
+    """Token counts out of the last bytes of an answer (OpenAI, Responses and Anthropic names); None without any.
+
+    Later numbers win, because a stream repeats usage and its last word is the right one.
+    """
+    if b"_tokens" not in tail:
+        return None
+    usage = Usage()
+    for name, digits in _COUNT.findall(tail):
+        if name in (b"prompt_tokens", b"input_tokens"):
+            usage.prompt_tokens = int(digits)
+        elif name in (b"completion_tokens", b"output_tokens"):
+            usage.completion_tokens = int(digits)
+        else:
+            usage.cached_tokens = int(digits)
+    return usage
+
+
+async def relay_plain(exchange: Exchange, upstream: Upstream, id_line: bytes) -> Told:
+    """Relays an answer that is no event stream.
+
+    Raises `UpstreamError` broken_stream or timeout while no byte has been sent, for a retry or a 502; later the
+    client's connection is cut and the failure is in the result. `ClientGone` passes through.
+    """
+    parking = exchange.parking
+    told = Told()
+    pieces: list[bytes] = []
+    size = 0
+    try:
+        while True:
+            piece = upstream.take()
+            if piece:
+                pieces.append(piece)
+                size += len(piece)
+            if upstream.is_complete or size > HELD_BYTES_MAX:
+                break
+            await upstream.read_more(parking)
+    except DeadlinePassed:
+        raise UpstreamError(
+            UpstreamError.TIMEOUT, "answer not complete within the timeout", was_sent=True
+        ) from None
+    body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+    length = upstream.length
+    if length is None and upstream.is_complete:
+        length = size
+    head = exchange.head_block(upstream.status, returned(upstream.headers) + id_line, length)
+    if upstream.is_complete:
+        await exchange.write(head + body if body else head)
+        told.usage = usage_of(body[-TAIL_BYTES:])
+        return told
+    return await _relay_large(
+        exchange, upstream, head, body, length is None and not exchange.head.is_http10, told
+    )
+
+
+async def _relay_large(
+    exchange: Exchange, upstream: Upstream, head: bytes, body: bytes, is_chunked: bool, told: Told
+) -> Told:
+    """The rest of a plain answer that is too large to hold: passed on as it comes."""
+    parking = exchange.parking
+    await exchange.write(head)
+    tail = b""
+    try:
+        while True:
+            if body:
+                tail = body[-TAIL_BYTES:] if len(body) >= TAIL_BYTES else (tail + body)[-TAIL_BYTES:]
+                await exchange.write(b"%x\r\n%b\r\n" % (len(body), body) if is_chunked else body)
+            if upstream.is_complete:
+                break
+            await upstream.read_more(parking)
+            body = upstream.take()
+    except DeadlinePassed:
+        told.failure = UpstreamError(
+            UpstreamError.TIMEOUT, "answer not complete within the timeout", was_sent=True
+        )
+    except UpstreamError as error:
+        told.failure = error
+    if told.failure is not None:
+        exchange.cut()
+        return told
+    if is_chunked:
+        await exchange.write(b"0\r\n\r\n")
+    told.usage = usage_of(tail)
+    return told
+
+
+class StreamBounds(msgspec.Struct, frozen=True):
+    """Seconds: silence before a keep-alive comment (0: none, STR-4) and silence that ends a stream (STR-11)."""
+
+    keepalive_s: float
+    silence_max_s: float
+
+
+async def relay_stream(
+    exchange: Exchange,
+    upstream: Upstream,
+    id_line: bytes,
+    dialect: str,
+    bounds: StreamBounds,
+    told: Told,
+    first_byte: Callable[[float], None],
+) -> None:
+    """Relays an event stream: one send per read of the worker's connection, back-pressure by the send itself.
+
+    A worker that dies gets a failure frame written in its place (STR-6, STR-7) and the failure into `told`. Raises
+    `ClientGone`; `first_byte(now)` is called once, when the body begins; `ShuttingDown` after the failure frame was offered to the client (LIFE-6).
+    """
+    exchange.start_streaming()
+    is_chunked = not exchange.head.is_http10
+    parking = exchange.parking
+    readiness = exchange.readiness
+    write = exchange.write
+    keepalive_s = bounds.keepalive_s or bounds.silence_max_s
+    tap: deque[bytes] = deque(maxlen=TAP_PIECES)
+    watch = ResponsesWatch() if dialect == "responses" else None
+    head = exchange.head_block(upstream.status, returned(upstream.headers) + id_line, None)
+    try:
+        while True:
+            pieces = upstream.pieces
+            if pieces:
+                piece = upstream.take()
+                if told.first_byte_s is None:
+                    told.first_byte_s = now = trio.current_time()
+                    first_byte(now)
+                tap.append(piece if len(piece) <= TAIL_BYTES else piece[-TAIL_BYTES:])
+                if watch is not None:
+                    watch.feed(piece)
+                await write(b"%b%x\r\n%b\r\n" % (head, len(piece), piece) if is_chunked else head + piece)
+                head = b""
+            elif head:
+                await write(head)
+                head = b""
+            if upstream.is_complete:
+                break
+            parking.deadline_s = readiness.now_s + keepalive_s
+            try:
+                await upstream.read_more(parking)
+            except DeadlinePassed:
+                await _outlast_silence(exchange, upstream, dialect, bounds, b"".join(tap)[-4:])
+    except UpstreamError as error:
+        told.failure = error
+        tail = b"".join(tap)[-TAIL_BYTES:]
+        has_ended = watch.has_ended if watch is not None else has_end_marker(dialect, tail)
+        if has_ended:
+            told.failure = None
+        else:
+            await _write_failure(exchange, dialect, tail, watch, is_chunked)
+    except ShuttingDown:
+        tail = b"".join(tap)[-TAIL_BYTES:]
+        exchange.keep_alive = False
+        await _write_failure(exchange, dialect, tail, watch, is_chunked)
+        if is_chunked:
+            await write(b"0\r\n\r\n")
+        raise
+    if is_chunked:
+        await write(b"0\r\n\r\n")
+    told.usage = usage_of(b"".join(tap)[-TAIL_BYTES:])
+
+
+async def _write_failure(
+    exchange: Exchange, dialect: str, tail: bytes, watch: ResponsesWatch | None, is_chunked: bool
+) -> None:
+    number = watch.next_number if watch is not None else 0
+    frame = closing(tail) + stream_failure(dialect, exchange.request_id, number)
+    await exchange.write(b"%x\r\n%b\r\n" % (len(frame), frame) if is_chunked else frame)
+
+
+async def _outlast_silence(
+    exchange: Exchange, upstream: Upstream, dialect: str, bounds: StreamBounds, tail: bytes
+) -> None:
+    """Sends keep-alive comments until the worker speaks again; raises `UpstreamError` when it was silent too long."""
+    parking = exchange.parking
+    readiness = exchange.readiness
+    keepalive_s = bounds.keepalive_s or bounds.silence_max_s
+    silent_since_s = readiness.now_s - keepalive_s
+    comment = KEEP_ALIVE[dialect]
+    framed = comment if exchange.head.is_http10 else b"%x\r\n%b\r\n" % (len(comment), comment)
+    while True:
+        if readiness.now_s - silent_since_s >= bounds.silence_max_s:
+            raise UpstreamError(UpstreamError.TIMEOUT, "stream was silent for too long", was_sent=True)
+        if bounds.keepalive_s and is_between_events(tail):
+            await exchange.write(framed)
+        parking.deadline_s = min(readiness.now_s + keepalive_s, silent_since_s + bounds.silence_max_s)
+        try:
+            await upstream.read_more(parking)
+            return
+        except DeadlinePassed:
+            continue
