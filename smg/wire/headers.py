@@ -207,15 +207,6 @@ def path_value(segment: str) -> str:
     return unquote_to_bytes(segment.encode("latin-1")).decode("utf-8", "replace")
 
 
-def query_value(query: str, name: str) -> str | None:
-    """The first value of a query member, decoded, or None; a member without `=` has the value `""`."""
-    for member in query.split("&") if query else ():
-        found, _, value = member.partition("=")
-        if path_value(found.replace("+", " ")) == name:
-            return path_value(value.replace("+", " "))
-    return None
-
-
 def _decode_unreserved(match: re.Match[bytes]) -> bytes:
     code = int(match[1], 16)
     return bytes((code,)) if code in _UNRESERVED else match.group()
