@@ -251,7 +251,41 @@ FAMILIES: tuple[Family, ...] = (
         "Label sets counted under `other` because their family reached its cap of series.",
         "section 19",
     ),
+    Family(
+        "smg_telemetry_spans_total",
+        COUNTER,
+        ("result",),
+        "Spans by fate: exported, failed (the collector did not take them) or dropped (the queue was full).",
+        "TRC-1",
+    ),
 )
 
 BY_NAME: dict[str, Family] = {family.name: family for family in FAMILIES}
 assert len(BY_NAME) == len(FAMILIES), "a metric is declared once"
+
+
+class SpanKind(msgspec.Struct, frozen=True):
+    """One kind of span: its name, the attributes it may carry (name to meaning), and help."""
+
+    name: str
+    attributes: dict[str, str]
+    help: str
+
+
+HTTP_REQUEST = SpanKind(
+    "http_request",
+    {
+        "http.request.method": "method of the request",
+        "http.route": "route template, or `other`",
+        "http.response.status_code": "status of the answer",
+        "error.type": "code of the gateway error, when there was one",
+        "smg.request_id": "the request's id, as in logs and `x-request-id`",
+        "smg.model": "served model",
+        "smg.worker": "worker that gave the answer",
+        "smg.attempts": "workers tried",
+        "smg.streaming": "whether the answer was a stream",
+    },
+    "One request, from its head to the last byte of its answer.",
+)
+
+SPANS: tuple[SpanKind, ...] = (HTTP_REQUEST,)

@@ -4,11 +4,8 @@ This room owns stderr, the file under `--log-dir` and the records of every libra
 event words plus fields. It must never wait for a slow reader on the loop, never let a value start a line of its
 own, and never show a key, a prompt or an answer.
 
-How a line is written: it is appended to a bounded buffer. While `Log.run` is a task of the loop, that task writes
-what one turn of the loop has gathered, at most 4 KiB at a time and only after `poll` said that the descriptor
-takes it, so that a stalled reader delays log lines and nothing else; what does not fit the buffer is counted and
-the count is logged. Before and after the loop a line is written at once. `O_NONBLOCK` would be shorter, but it
-belongs to the open file that the parent process shares with us.
+While `Log.run` is a task of the loop, that task writes what one turn of the loop has gathered; before and after, a
+line is written at once (`log_output.py` says how).
 """
 
 from __future__ import annotations
@@ -18,7 +15,6 @@ import logging
 import math
 import os
 import re
-import select
 import sys
 import threading
 import time
@@ -30,28 +26,18 @@ from pathlib import Path
 import trio
 
 from smg.errors import SettingsError
+from smg.telemetry.log_output import DailyFile, Output
 
 DEBUG, INFO, WARN, ERROR = 10, 20, 30, 40
 
 LEVELS: dict[str, int] = {"debug": DEBUG, "info": INFO, "warn": WARN, "error": ERROR}
 """The values of `--log-level`."""
 
-BUFFER_BYTES_MAX = 1 << 20
-"""Lines that wait for a slow reader: about 5,000. More would only make old news older."""
-
-PIPE_BYTES = select.PIPE_BUF
-"""A pipe that polls writable takes this many bytes without blocking (POSIX: a page on Linux)."""
-
 STALL_RETRY_S = 0.05
 """Between two looks at a reader that takes nothing."""
 
 LAST_FLUSH_S = 0.5
 """How long the lines before and after the loop may wait for a slow reader."""
-
-FILES_KEPT = 14
-"""Files of past days under `--log-dir`: two weeks is what an incident review asks for."""
-
-FILE_NAME = "smg.log"
 
 REDACTED = "[redacted]"
 
@@ -123,8 +109,8 @@ class Log:
         self._clock = clock
         self._is_json = False
         self._is_coloured = False
-        self._stderr: _Output | None = _Output(2)
-        self._file: _DailyFile | None = None
+        self._stderr: Output | None = Output(2)
+        self._file: DailyFile | None = None
         self._library = _LibraryHandler(self)
         self._second = (-1, "")
         # Set while `run` is a task of the loop.
@@ -149,7 +135,7 @@ class Log:
         self.close()
         self.threshold = LEVELS[level]
         self._is_json = is_json
-        self._stderr = None if stderr is None else _Output(stderr)
+        self._stderr = None if stderr is None else Output(stderr)
         # LOG-1 ties colour to stdout; a redirected stderr gets none either.
         self._is_coloured = (
             not is_json
@@ -160,7 +146,7 @@ class Log:
         )
         if log_dir is not None:
             try:
-                self._file = _DailyFile(Path(log_dir), self._clock())
+                self._file = DailyFile(Path(log_dir), self._clock())
             except OSError as error:
                 raise SettingsError(f"--log-dir {log_dir}: {error.strerror or error}") from error
         # Libraries chatter at INFO (one line per request of an HTTP client), so they speak from WARNING on.
@@ -255,93 +241,6 @@ class Log:
             text = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
             self._second = (second, text)  # One store: threads may log too.
         return f"{text}.{int((now - second) * 1000):03}Z"
-
-
-class _Output:
-    """A descriptor and the bytes that wait for it."""
-
-    def __init__(self, fd: int, bytes_per_write: int = PIPE_BYTES) -> None:
-        self._bytes_per_write = bytes_per_write
-        self._pending = bytearray()
-        self._lost_lines = 0
-        self._lock = threading.RLock()
-        self._fd = fd
-        self._poll = select.poll()
-        self._poll.register(fd, select.POLLOUT)
-
-    def append(self, line: str) -> None:
-        if len(self._pending) > BUFFER_BYTES_MAX:
-            self._lost_lines += 1
-            return
-        self._pending += line.encode("utf-8", "backslashreplace")
-
-    def flush(self, wait_s: float) -> bool:
-        """True when nothing is left to write; waits for the reader at most `wait_s`."""
-        until = time.monotonic() + wait_s if wait_s else 0.0
-        with self._lock:
-            while self._pending:
-                if not self._poll.poll(max(0.0, until - time.monotonic()) * 1000 if wait_s else 0):
-                    return False
-                try:
-                    written = os.write(self._fd, bytes(self._pending[: self._bytes_per_write]))
-                except BlockingIOError:
-                    return False
-                except OSError:
-                    # Nobody reads any more or the disk is full: there is no place left to complain at.
-                    self._pending.clear()
-                    return True
-                del self._pending[:written]
-                if not self._pending and self._lost_lines:
-                    self._pending += b"%d log lines were lost: their reader was too slow\n" % self._lost_lines
-                    self._lost_lines = 0
-        return True
-
-
-class _DailyFile(_Output):
-    """`smg.log`, renamed to `smg.log.YYYY-MM-DD` when the day (UTC) is over; `FILES_KEPT` old ones stay."""
-
-    def __init__(self, directory: Path, now: float) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        self._path = directory / FILE_NAME
-        self._day = int(now // 86400)
-        # A disk takes what it is given; the pieces only bound one system call.
-        super().__init__(self._open(), bytes_per_write=1 << 16)
-        written = os.fstat(self._fd).st_mtime if os.fstat(self._fd).st_size else now
-        if written // 86400 < self._day:
-            self._day = int(written // 86400)
-            self.turn_day(now)
-
-    def turn_day(self, now: float) -> None:
-        """Start a new file when a line of another day than the last one comes."""
-        if int(now // 86400) <= self._day:
-            return
-        with self._lock:
-            self._turn_day(int(now // 86400))
-
-    def close(self) -> None:
-        self._poll.unregister(self._fd)
-        os.close(self._fd)
-
-    def _turn_day(self, day: int) -> None:
-        if day <= self._day:
-            return  # Another thread was first.
-        self.flush(0.0)
-        stamp = time.strftime("%Y-%m-%d", time.gmtime(self._day * 86400))
-        self._day = day
-        try:
-            os.replace(self._path, self._path.with_name(f"{FILE_NAME}.{stamp}"))
-            fd = self._open()
-        except OSError:
-            return  # The old file goes on: lines are worth more than their file's name.
-        self.close()
-        self._fd = fd
-        self._poll.register(fd, select.POLLOUT)
-        old = sorted(self._path.parent.glob(f"{FILE_NAME}.????-??-??"))
-        for path in old[:-FILES_KEPT]:
-            path.unlink(missing_ok=True)
-
-    def _open(self) -> int:
-        return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
 
 
 class _LibraryHandler(logging.Handler):

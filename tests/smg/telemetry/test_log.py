@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 
 from smg.errors import SettingsError
 from smg.telemetry import log as log_room
-from smg.telemetry.log import BUFFER_BYTES_MAX, FILES_KEPT, REDACTED, Log, is_secret
+from smg.telemetry.log import REDACTED, Log, is_secret
+from smg.telemetry.log_output import BUFFER_BYTES_MAX, FILES_KEPT
 
 NOW_S = 1_764_024_394.25  # 2025-11-24T22:46:34.250Z
 SMG = Path(log_room.__file__).parents[1]
@@ -227,8 +228,21 @@ def test_numbers_json_does_not_know_are_written_as_text(pipe: Pipe) -> None:
     assert (record["a"], record["b"], record["c"]) == ("inf", "nan", 2**70)
 
 
-SECRETS = """key api_key worker_api_key authorization Authorization prompt messages token cookie client_secret
-password body answer""".split()
+SECRETS = [
+    "key",
+    "api_key",
+    "worker_api_key",
+    "authorization",
+    "Authorization",
+    "prompt",
+    "messages",
+    "token",
+    "cookie",
+    "client_secret",
+    "password",
+    "body",
+    "answer",
+]
 
 
 @pytest.mark.parametrize("name", SECRETS)
