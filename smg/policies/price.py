@@ -1,0 +1,303 @@
+"""The arithmetic of `cache_aware`: what each candidate costs a request, in seconds.
+
+    cost = wait + price x prefill(uncached) + coherence            (docs/routing.md 4.1)
+
+This room owns the accounts of one model's workers, the utilisation behind the price, and the choice of
+whom to price at all in a large fleet. `wait` is the prefill already in front (`account`). `prefill` is
+what the worker would have to compute, given the longest prefix it is believed to hold. `price` is the
+shadow price of a second of prefill: it delays everybody behind it, the more the busier the fleet is,
+and evicts what others need. `coherence` keeps a session that nobody knows yet on its two homes while
+gateways cannot see each other's placements. Pricing changes nothing; bookings come from the policy.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from random import Random
+
+from smg.fleet.prefix_index import Match, PrefixIndex
+from smg.fleet.service_model import PrefillModels
+from smg.fleet.worker import Worker
+from smg.policies.account import Account, slowdown
+from smg.policies.homes import Homes
+from smg.policies.neighbours import Neighbours, Question
+
+RATE_S = 30.0
+"""Time constant of the utilisation behind the price: longer than a burst, shorter than a day's tide."""
+UTILISATION_MAX = 0.95
+"""Beyond this the queueing formula 1/(1 - rho) says more than we know."""
+PRICE_CAP = 10.0
+"""Most seconds of waiting that a saved second of prefill may be worth, at the usual dial."""
+PRICE_CAP_PER_DIAL = 3.75
+"""For higher dials the cap rises: 8 ("most hits") caps at 30."""
+TRUST_S = 10.0
+"""Delay of the peers' news at which 2/3 of their placements are taken to be unknown here."""
+COHERENCE = 2.0
+"""A session placed off its homes costs this many cold prefills more, times the share that peers cannot see."""
+FLEET_MAX = 64
+"""Above this many candidates only the promising ones are priced: no loss of hits at 16, and constant cost."""
+SPARE = 4
+"""How many of the least burdened workers are among those."""
+OWNERS_MAX = 16
+"""How many holders of one prefix are among those; of more, the least burdened."""
+KV_FULL = 0.95
+"""Above this KV usage a prompt that does not fit waits until a running request ends."""
+DECODE_SEED_S = 5.0
+"""Seconds of an answer after its first byte, before any was seen."""
+TIE_S = 1e-9
+"""Costs closer than this are equal."""
+
+
+class View:
+    """The facts of one decision that are the same for all candidates."""
+
+    __slots__ = ("homes", "is_cold", "match", "penalty_s", "prefills", "price", "question", "trunk")
+
+    def __init__(self, question: Question, match: Match, trunk: int, price: float) -> None:
+        self.question = question
+        self.match = match
+        self.trunk = trunk
+        self.price = price
+        self.is_cold = match.depth <= trunk
+        """Nobody holds more of this prompt than what everybody shares."""
+        self.penalty_s = 0.0
+        self.homes: tuple[str, ...] = ()
+        self.prefills: dict[tuple[int, str], float] = {}  # (cached blocks, worker class) -> seconds
+
+
+class Prices:
+    """The prices of one model."""
+
+    __slots__ = (
+        "_accounts",
+        "_dial",
+        "_fits",
+        "_fleet",
+        "_homes",
+        "_index",
+        "_model",
+        "_neighbours",
+        "_order",
+        "_positions",
+        "_rate",
+        "_rate_s",
+        "decode_s",
+        "home_share",
+        "mean_s",
+    )
+
+    def __init__(
+        self, model: str, dial: float, index: PrefixIndex, fits: PrefillModels, neighbours: Neighbours
+    ) -> None:
+        self._model = model
+        self._dial = dial
+        self._index = index
+        self._fits = fits
+        self._neighbours = neighbours
+        self._homes = Homes()
+        self._accounts: dict[str, Account] = {}
+        self._order: list[tuple[float, str]] = []  # (`empty_s`, id) of all accounts, sorted
+        self._fleet: Sequence[Worker] = ()  # the candidates that `_positions` was made for
+        self._positions: dict[str, int] = {}
+        self._rate = 0.0  # prefill seconds admitted per second, at `_rate_s`
+        self._rate_s = 0.0
+        self.mean_s = fits.get(model).seconds(2_000, 0)
+        """Mean prefill of an admitted request."""
+        self.decode_s = DECODE_SEED_S
+        """Mean time from first byte to end."""
+        self.home_share = 0.3
+        """Share of an unknown session that its first home turned out to hold (learned)."""
+
+    # -- choosing ------------------------------------------------------------------------------
+
+    def view(self, question: Question, workers: Sequence[Worker], now: float) -> View:
+        """The facts of a decision. Changes nothing."""
+        match = self._index.match(question.blocks)
+        trunk = self._index.trunk_depth(question.blocks, match.depth)
+        view = View(question, match, trunk, self.price(len(workers), now))
+        if view.is_cold:
+            sigma = self.sigma()
+            key = session(question, trunk) if sigma > 0.0 else None
+            if key is not None:
+                view.homes = self._homes.pair(key, workers)
+                view.penalty_s = sigma * COHERENCE * self._fits.get(self._model).seconds(question.tokens, 0)
+        return view
+
+    def cheapest(self, view: View, workers: Sequence[Worker], now: float, rng: Random) -> Worker:
+        """The candidate with the lowest cost; ties by priority, then by `rng`."""
+        if len(workers) > FLEET_MAX:
+            workers = [workers[position] for position in self.promising(view, workers)]
+        lowest = math.inf
+        best: list[Worker] = []
+        for worker in workers:
+            wait, prefill, penalty = self.terms(view, worker, now)
+            cost = (wait + prefill + penalty) * worker.spec.cost
+            if cost < lowest - TIE_S:
+                lowest = cost
+                best = [worker]
+            elif cost <= lowest + TIE_S:
+                best.append(worker)
+        return pick(best, rng)
+
+    def terms(self, view: View, worker: Worker, now: float) -> tuple[float, float, float]:
+        """(wait, price x prefill, coherence) of one candidate, in seconds."""
+        question = view.question
+        account = self._accounts.get(worker.id) or self.account(worker)
+        wait = account.wait_s(worker, now, self.mean_s)
+        depth = view.match.depth_of(self._index.bits_of(worker.id)) if view.match.steps else 0
+        penalty = 0.0
+        if view.homes:
+            if worker.id == view.homes[0]:
+                depth += int(self.home_share * (len(question.blocks) - depth))
+            elif worker.id not in view.homes:
+                penalty = view.penalty_s
+        memo = (depth, account.worker_class)
+        seconds = view.prefills.get(memo)
+        if seconds is None:
+            cached = cached_tokens(question, depth)
+            seconds = view.prefills[memo] = account.fit.seconds(question.tokens - cached, cached)
+        in_flight = worker.in_flight
+        report = worker.report
+        if report is not None and worker.report_until_s > now:
+            if account.is_shared:
+                in_flight = max(in_flight, report.running + report.waiting + worker.sent_since_report)
+            usage, capacity = report.kv_usage, report.kv_capacity_tokens
+            if usage is not None and capacity and usage > KV_FULL:
+                fresh = question.tokens - cached_tokens(question, depth)
+                if fresh > (1.0 - usage) * capacity:
+                    wait += 0.5 * self.decode_s
+        return wait, view.price * seconds * slowdown(in_flight), penalty
+
+    def promising(self, view: View, workers: Sequence[Worker]) -> list[int]:
+        """Positions of the candidates worth pricing in a large fleet: holders, homes, the least burdened."""
+        positions = self._places(workers)
+        names: list[str] = list(view.homes)
+        seen = 0
+        for depth, owners in view.match.steps:
+            if depth <= view.trunk:
+                break  # everybody has the trunk: the least burdened will do
+            names += self._holders(owners & ~seen)
+            seen |= owners
+        found = {positions[name]: None for name in names if name in positions}
+        spare = SPARE
+        for _, name in self._order:
+            position = positions.get(name)
+            if position is not None:
+                found[position] = None
+                spare -= 1
+                if not spare:
+                    break
+        return list(found)
+
+    def _holders(self, owners: int) -> list[str]:
+        if owners.bit_count() <= OWNERS_MAX:
+            return self._index.owners(owners)
+        bits_of = self._index.bits_of
+        names = []
+        for _, name in self._order[: 8 * OWNERS_MAX]:
+            if bits_of(name) & owners:
+                names.append(name)
+                if len(names) == SPARE:
+                    break
+        return names
+
+    def price(self, workers: int, now: float) -> float:
+        """The shadow price: about 1/(1 - rho) for the delay of others, times the dial for what is evicted."""
+        rate = self._rate * math.exp((self._rate_s - now) / RATE_S)
+        count = self._neighbours.count()
+        if count > 1 and math.isinf(self._neighbours.delay_s()):
+            rate *= count  # peers are as busy as we are, we only do not hear of it
+        rho = min(rate / workers, UTILISATION_MAX)
+        return min(self._dial / (1.0 - rho), max(PRICE_CAP, PRICE_CAP_PER_DIAL * self._dial))
+
+    def sigma(self) -> float:
+        """Share of the placements that this gateway cannot know yet, 0 to 1."""
+        count = self._neighbours.count()
+        if count < 2:
+            return 0.0
+        return (count - 1) / count * (1.0 - math.exp(-self._neighbours.delay_s() / TRUST_S))
+
+    def first_home(self, question: Question, trunk: int, workers: Sequence[Worker]) -> str | None:
+        """The first home of a question's session."""
+        key = session(question, trunk)
+        return self._homes.pair(key, workers)[0] if key is not None and workers else None
+
+    # -- booking -------------------------------------------------------------------------------
+
+    def account(self, worker: Worker) -> Account:
+        """The account of a worker, opened on first use."""
+        account = self._accounts.get(worker.id)
+        if account is None:
+            worker_class = worker.spec.labels.get("class", "")
+            account = Account(self._fits.get(self._model, worker_class), worker_class)
+            self._accounts[worker.id] = account
+            insort(self._order, (account.empty_s, worker.id))
+        return account
+
+    def known(self, worker_id: str) -> Account | None:
+        """The account of a worker, if it has one."""
+        return self._accounts.get(worker_id)
+
+    def note(self, account: Account, worker: Worker) -> None:
+        """Take in a report that came since the last event; before the event changes anything."""
+        report = worker.report
+        if report is not None and report is not account.report:
+            account.note(worker, report, self.mean_s)
+
+    def admit(self, seconds: float, now: float) -> None:
+        """So many seconds of prefill were sent to the fleet, by us or by a peer."""
+        self._rate = self._rate * math.exp((self._rate_s - now) / RATE_S) + seconds / RATE_S
+        self._rate_s = now
+        self.mean_s += 0.02 * (seconds - self.mean_s)
+
+    def moved(self, account: Account, worker_id: str, now: float) -> None:
+        """The account changed: put it at its place among the others."""
+        self._unorder(account, worker_id)
+        left = max(account.seconds, account.own_since_s if account.is_shared else 0.0) + account.peer_since_s
+        account.empty_s = now + left if left > 0.0 else min(account.empty_s, now)
+        insort(self._order, (account.empty_s, worker_id))
+
+    def close(self, worker_id: str) -> None:
+        """The worker is gone."""
+        account = self._accounts.pop(worker_id, None)
+        if account is not None:
+            self._unorder(account, worker_id)
+        self._fleet = ()
+
+    def _unorder(self, account: Account, worker_id: str) -> None:
+        entry = (account.empty_s, worker_id)
+        position = bisect_left(self._order, entry)
+        if position < len(self._order) and self._order[position] == entry:
+            del self._order[position]
+
+    def _places(self, workers: Sequence[Worker]) -> dict[str, int]:
+        """Ids to positions in `workers`, made once as long as the candidates are the same object."""
+        if workers is not self._fleet or len(workers) != len(self._positions):
+            self._fleet = workers
+            self._positions = {worker.id: position for position, worker in enumerate(workers)}
+            for worker in workers:
+                self.account(worker)
+        return self._positions
+
+
+def cached_tokens(question: Question, depth: int) -> int:
+    """Tokens of the first `depth` blocks; the last token of a prompt is always computed."""
+    return min(int(depth * question.block_tokens), question.tokens - 1)
+
+
+def session(question: Question, trunk: int) -> int | None:
+    """The key of a question's session: the client's, or the first block below the trunk. None: nothing to share."""
+    if question.key is not None:
+        return question.key
+    blocks = question.blocks
+    return blocks[min(trunk, len(blocks) - 1)] if blocks else None
+
+
+def pick(best: Sequence[Worker], rng: Random) -> Worker:
+    """One of several equal workers: the highest priority (WRK-16), then chance."""
+    if len(best) > 1:
+        top = max(worker.spec.priority for worker in best)
+        best = [worker for worker in best if worker.spec.priority == top]
+    return best[0] if len(best) == 1 else best[rng.randrange(len(best))]
