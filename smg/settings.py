@@ -334,7 +334,10 @@ class PrefillDecode(Group, frozen=True, kw_only=True):
         tuple[Prefill, ...],
         Flag(metavar="URL [PORT]", doc="Prefill workers, each with its bootstrap port or the word none."),
     ] = ()
-    decode: Annotated[tuple[str, ...], Flag(form=worker_url, metavar="URL", doc="Decode workers.")] = ()
+    decode: Annotated[
+        tuple[str, ...],
+        Flag(form=worker_url, metavar="URL", doc="Decode workers, each of which answers the client."),
+    ] = ()
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):

@@ -19,17 +19,21 @@ from urllib.parse import urlsplit
 import msgspec
 
 from smg.cli.doctor_workers import Candidate, Finding, WorkerReport, examine
-from smg.cli.flags import launch_parser, policy_names, read_arguments, settings_from, unknown_variables
+from smg.cli.flags import (
+    launch_parser,
+    policy_names,
+    positive_seconds,
+    read_arguments,
+    settings_from,
+    unknown_variables,
+)
+from smg.discovery.file import FILE_BYTES_MAX, BrokenFile, parse
 from smg.fleet.worker import WorkerSpec
 from smg.settings import Settings, SettingsError
-from smg.settings_flag import worker_url
 from smg.settings_rules import warnings
 
 WORKERS_AT_ONCE = 16
 """Workers that are examined at the same time: enough for a fleet in seconds, few enough for the smallest host."""
-
-DISCOVERY_FILE_BYTES_MAX = 16 * 1024 * 1024
-"""Longest discovery file that is read: some 50,000 workers."""
 
 _DESCRIPTORS_SPARE = 256
 """File descriptors that are not connections: listeners, logs, libraries."""
@@ -45,7 +49,11 @@ def main(arguments: Sequence[str]) -> int:
     own = parser.add_argument_group("Report: how doctor looks and tells")
     own.add_argument("--json", action="store_true", help="print JSON instead of a table")
     own.add_argument(
-        "--timeout-secs", type=float, default=3.0, metavar="SECS", help="patience per answer (default: 3)"
+        "--timeout-secs",
+        type=positive_seconds,
+        default=3.0,
+        metavar="SECS",
+        help="patience per answer (default: 3)",
     )
     given = read_arguments(parser, arguments)
     findings = _variables(os.environ)
@@ -228,11 +236,10 @@ def _candidates(settings: Settings) -> tuple[list[Candidate], list[Finding]]:
         for worker in pd.prefill
     ]
     named += [("--decode", WorkerSpec(url, worker_type="decode", runtime_type=engine)) for url in pd.decode]
-    findings = []
+    findings: list[Finding] = []
     if settings.discovery.discovery_file is not None:
-        found, finding = _read_discovery(settings.discovery.discovery_file)
+        found, findings = _read_discovery(settings.discovery.discovery_file)
         named += [("--discovery-file", spec) for spec in found]
-        findings.append(finding)
     once: dict[str, Candidate] = {}
     for source, spec in named:
         spec = msgspec.structs.replace(spec, api_key=spec.api_key or key)
@@ -240,35 +247,25 @@ def _candidates(settings: Settings) -> tuple[list[Candidate], list[Finding]]:
     return list(once.values()), findings
 
 
-def _read_discovery(path: str) -> tuple[list[WorkerSpec], Finding]:
+def _read_discovery(path: str) -> tuple[tuple[WorkerSpec, ...], list[Finding]]:
     check = "--discovery-file"
     form = 'write {"version":1,"workers":[{"url":"http://HOST:PORT"}]}'
     try:
         with open(path, "rb") as file:
-            content = file.read(DISCOVERY_FILE_BYTES_MAX + 1)
+            content = file.read(FILE_BYTES_MAX + 1)
+        if len(content) > FILE_BYTES_MAX:
+            raise BrokenFile(f"is larger than {FILE_BYTES_MAX} bytes")
+        specs, remarks = parse(content)
     except FileNotFoundError:
-        return [], Finding(
-            "WARN", check, f"{path} is not there yet", "create it; it is read as soon as it appears"
-        )
+        return (), [
+            Finding("WARN", check, f"{path} is not there yet", "create it; it is read as soon as it appears")
+        ]
     except OSError as wrong:
-        return [], Finding("FAIL", check, f"{path}: {wrong.strerror}", "let this user read it")
-    if len(content) > DISCOVERY_FILE_BYTES_MAX:
-        return [], Finding("FAIL", check, f"{path} is longer than {DISCOVERY_FILE_BYTES_MAX} bytes", form)
-    try:
-        document = msgspec.json.decode(content, type=_DiscoveryFile)
-        specs = [msgspec.structs.replace(spec, url=worker_url(spec.url)) for spec in document.workers]
-    except ValueError as wrong:
-        return [], Finding("FAIL", check, f"{path}: {wrong}", form)
-    if document.version != 1:
-        return [], Finding("FAIL", check, f"{path}: version {document.version} is not known", form)
-    return specs, Finding("OK", check, f"{path} names {len(specs)} worker(s)")
-
-
-class _DiscoveryFile(msgspec.Struct):
-    """The form of the discovery file (WRK-18), as far as doctor reads it."""
-
-    version: int
-    workers: list[WorkerSpec]
+        return (), [Finding("FAIL", check, f"{path}: {wrong.strerror}", "let this user read it")]
+    except BrokenFile as wrong:
+        return (), [Finding("FAIL", check, f"{path}: {wrong}", form)]
+    findings = [Finding("OK", check, f"{path} names {len(specs)} worker(s)")]
+    return specs, findings + [Finding("WARN", check, f"{path}: {remark}") for remark in remarks]
 
 
 def _aliases(settings: Settings, reports: list[WorkerReport]) -> list[Finding]:

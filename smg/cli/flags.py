@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
+import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -83,7 +84,7 @@ def launch_parser(prog: str = "smg", policies: Collection[str] | None = None) ->
         usage=f"{prog} [flags]",
         description="Start a gateway node.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_HelpFormatter,
     )
     parser.add_argument("-V", "--version", action="version", version=f"smg {__version__}")
     for group, struct in GROUPS.items():
@@ -216,6 +217,14 @@ def read_secret(text: str, source: str) -> str:
     return secret
 
 
+def positive_seconds(text: str) -> float:
+    """A number of seconds above 0, for the `type` of an argument that is no setting."""
+    seconds = float(text)
+    if not 0 < seconds < float("inf"):
+        raise ValueError
+    return seconds
+
+
 def did_you_mean(word: str, known: Collection[str]) -> str:
     """`; did you mean X?` for the closest known word, or nothing."""
     close = difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.6)
@@ -235,6 +244,13 @@ def unknown_variables(environment: Mapping[str, str]) -> dict[str, str]:
             if close:
                 found[name] = close[0]
     return found
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Help whose lines never break inside a name such as x-request-id, so that it can be copied and searched."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False, break_long_words=False)
 
 
 def _add_field(section: argparse._ArgumentGroup, field: Field, policies: Collection[str]) -> None:

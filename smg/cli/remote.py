@@ -17,7 +17,7 @@ import time
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from smg.cli.flags import read_secret
+from smg.cli.flags import positive_seconds, read_secret
 from smg.settings_flag import SettingsError, worker_url
 
 DEFAULT_GATEWAY = "http://127.0.0.1:30000"
@@ -201,7 +201,11 @@ def _add_common(parser: argparse.ArgumentParser, *, is_default: bool) -> None:
         help="print the gateway's JSON instead of a table",
     )
     parser.add_argument(
-        "--timeout-secs", type=float, default=default(10.0), metavar="SECS", help="patience (default: 10)"
+        "--timeout-secs",
+        type=positive_seconds,
+        default=default(10.0),
+        metavar="SECS",
+        help="patience (default: 10)",
     )
 
 
