@@ -6,6 +6,8 @@ Nothing else in the house writes these fields of a `Worker`. It never decides wh
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 
 from smg.fleet.worker import LoadReport, Worker
@@ -126,12 +128,23 @@ def reported_wait_s(worker: Worker, told: LoadReport, rules: WaitRules) -> float
     return wait_s * worker.spec.cost
 
 
+def mean_throughput_tps(workers: Sequence[Worker], now: float, rules: WaitRules) -> float:
+    """Mean throughput of the workers whose report counts; the default when none does."""
+    total, count = 0.0, 0
+    for worker in workers:
+        told = fresh_report(worker, now)
+        if told is not None:
+            total += throughput_tps(told, rules)
+            count += 1
+    return total / count if count else rules.default_throughput_tps
+
+
 def unreported_wait_s(worker: Worker, rules: WaitRules, fleet_tps: float) -> float:
     """Expected wait in seconds without a report: requests in flight at the mean prompt, times cost.
 
     `fleet_tps` is the mean throughput of the workers that did report, so that both kinds compare in seconds.
     """
-    return worker.in_flight * rules.mean_prefill_tokens / fleet_tps * worker.spec.cost
+    return worker.in_flight * worker.spec.cost * rules.mean_prefill_tokens / fleet_tps
 
 
 def expected_wait_s(worker: Worker, now: float, rules: WaitRules) -> float:

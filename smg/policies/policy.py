@@ -14,8 +14,10 @@ A policy is one file with one class, listed by one line in `smg/policies/__init_
    first byte of a plain answer comes with its last token and says nothing about prefill.
 4. `finished(call, worker, outcome, now)` tells how it ended, exactly once per `placed`.
 
-Policies that keep state per worker implement `removed(worker)`: it left, failed or flushed its cache, and owns
-nothing any more. `terms` explains: what each candidate costs, in seconds where the policy thinks in seconds.
+Policies that keep state per worker implement `removed(worker)`: it left the fleet and owns nothing any more, also not
+when it comes back under the same id. Those that believe something about its KV cache implement `flushed(worker)` too:
+it failed or flushed, and its cache is empty; its routing keys stay (RT-6). `terms` explains: what each candidate
+costs, in seconds where the policy thinks in seconds.
 
 Everything runs on the hot path: `choose` allocates nothing proportional to the fleet (house rule 41).
 """
@@ -95,7 +97,11 @@ class Policy(Protocol):
         ...
 
     def removed(self, worker: Worker) -> None:
-        """`worker` left, failed or flushed: forget what was known of its cache and keys."""
+        """`worker` left the fleet: forget everything about it."""
+        ...
+
+    def flushed(self, worker: Worker) -> None:
+        """`worker` failed or flushed: forget what was known of its cache, keep its keys."""
         ...
 
     def terms(self, call: Call, workers: Sequence[Worker], now: float, rng: Random) -> list[Terms]:
@@ -121,6 +127,9 @@ class Stateless:
 
     def removed(self, worker: Worker) -> None:
         """Nothing to forget."""
+
+    def flushed(self, worker: Worker) -> None:
+        """Nothing is believed about caches."""
 
     def terms(self, call: Call, workers: Sequence[Worker], now: float, rng: Random) -> list[Terms]:
         """No cost in seconds: one row per candidate without numbers."""

@@ -1,0 +1,69 @@
+"""`--routing-key-override`: any policy, obeying routing keys as `manual` does (contract RT-5, RT-6).
+
+Wraps a policy of the table: the inner policy places new keys and calls without one, the sticky map keeps keys where
+they are. Not in the table itself: nobody asks for it by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from random import Random
+
+from smg.api.call import Call
+from smg.fleet.worker import Worker
+from smg.policies.candidates import ById
+from smg.policies.policy import Outcome, Policy, Terms, Wants
+from smg.policies.sticky_map import StickyMap
+
+
+class StickyKey:
+    """`inner`, with keys that stick; it answers to the name of `inner`."""
+
+    def __init__(self, inner: Policy, idle_max_s: float) -> None:
+        self.inner = inner
+        self.name = inner.name
+        self.wants = inner.wants | Wants.KEY
+        self.is_random = inner.is_random
+        self._map = StickyMap(idle_max_s)
+        self._by_id = ById()
+
+    @property
+    def entries(self) -> int:
+        """Keys remembered."""
+        return len(self._map)
+
+    def choose(self, call: Call, workers: Sequence[Worker], now: float, rng: Random) -> Worker | None:
+        """The worker the key sticks to, else the choice of `inner`."""
+        key = call.routing_key
+        if key and len(self._map):
+            worker = self._map.worker_of(key, self._by_id.of(workers), now)
+            if worker is not None:
+                return worker
+        return self.inner.choose(call, workers, now, rng)
+
+    def placed(self, call: Call, worker: Worker, now: float) -> None:
+        """Remembers the key's worker. A call that named its worker (RT-4) leaves the key where it is."""
+        if call.routing_key and not call.target:
+            self._map.place(call.routing_key, worker, now)
+        self.inner.placed(call, worker, now)
+
+    def first_byte(self, call: Call, worker: Worker, ttft_s: float, now: float) -> None:
+        """As `inner` does."""
+        self.inner.first_byte(call, worker, ttft_s, now)
+
+    def finished(self, call: Call, worker: Worker, outcome: Outcome, now: float) -> None:
+        """As `inner` does."""
+        self.inner.finished(call, worker, outcome, now)
+
+    def removed(self, worker: Worker) -> None:
+        """Its keys are homeless."""
+        self._map.forget(worker)
+        self.inner.removed(worker)
+
+    def flushed(self, worker: Worker) -> None:
+        """As `inner` does; keys stay."""
+        self.inner.flushed(worker)
+
+    def terms(self, call: Call, workers: Sequence[Worker], now: float, rng: Random) -> list[Terms]:
+        """The costs of `inner`."""
+        return self.inner.terms(call, workers, now, rng)
