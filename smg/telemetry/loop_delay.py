@@ -11,7 +11,7 @@ import trio
 from smg.telemetry.metrics import Metrics
 
 INTERVAL_S = 0.1
-"""Ten samples a second: a pause of 100 ms cannot pass unseen, and the wake-ups cost about 0.03 % of a core."""
+"""Ten samples a second: a pause of 100 ms cannot pass unseen, and the wake-ups (66 us each) cost less than 0.1 % of a core."""
 
 
 async def watch_loop_delay(metrics: Metrics, interval_s: float = INTERVAL_S) -> None:
