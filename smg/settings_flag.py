@@ -38,7 +38,9 @@ class SettingsError(ValueError):
     """
 
     def __init__(self, flag: str, value: str, reason: str, *, is_combination: bool = False) -> None:
-        super().__init__(f"{flag}: {value}: {reason}" if value else f"{flag}: {reason}")
+        message = f"{flag}: {value}: {reason}" if value else f"{flag}: {reason}"
+        # One line whatever was typed: a control character in a flag's name must not reach a terminal or split the line.
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
         self.flag = flag
         self.value = value
         self.reason = reason

@@ -163,11 +163,8 @@ def print_workers(workers: list[dict[str, Any]]) -> None:
         style = "" if worker.get("is_healthy", True) else "yellow"
         table.add_row(*(Text(row[index], style=style) for index in columns))
     # A pipe has no width; a wide one keeps a row on a line for grep and awk.
-    width = (
-        None
-        if sys.stdout.isatty()
-        else 10 + max(sum(map(len, row)) + 3 * len(row) for row in [*rows, _COLUMNS])
-    )
+    widths = [max(len(row[index]) for row in [*rows, _COLUMNS]) for index in columns]
+    width = None if sys.stdout.isatty() else sum(widths) + 3 * len(widths)
     Console(width=width, highlight=False).print(table)
 
 
