@@ -94,6 +94,7 @@ class Registry:
         self._pools_of: dict[str, tuple[Pool, ...]] = {}  # worker id -> the pools it is in
         self._served: tuple[str, ...] = ()
         self._aliases: dict[str, str] = dict(aliases)
+        self._are_names_old = False
         self._draining: dict[str, float] = {}  # worker id -> deadline
         self._subscribers: list[Callable[[Change], None]] = []
 
@@ -224,6 +225,7 @@ class Registry:
         self._workers = tuple(self._by_id.values())
         self._draining.pop(worker.id, None)
         self._part(worker)
+        self._renew_names(worker)
         self._tell(Removed(worker))
 
     # State of a worker
@@ -287,48 +289,48 @@ class Registry:
         """Puts `worker` into the pools of its models."""
         pools = self._pools[worker.kind]
         joined = []
-        has_names = any(card.aliases for card in worker.cards)
         for model in worker.models or ("",):
             pool = pools.get(model)
             if pool is None:
                 pool = pools[model] = Pool(model)
-                has_names = True
+                self._are_names_old = True
             members = (*pool.workers, worker)
             if len(members) > 1 and members[-2].order > worker.order:
                 members = tuple(sorted(members, key=_order_of))
             pool.set_workers(members)
             joined.append(pool)
         self._pools_of[worker.id] = tuple(joined)
-        if (
-            has_names
-        ):  # else only the membership of known pools changed, and a fleet of thousands adds up fast
-            self._names_changed()
+        self._renew_names(worker)
 
     def _part(self, worker: Worker) -> None:
-        """Takes `worker` out of its pools; an empty pool goes."""
+        """Takes `worker` out of its pools; an empty pool goes. Names are renewed by who joins or goes next."""
         pools = self._pools[worker.kind]
-        had_names = any(card.aliases for card in worker.cards)
         for pool in self._pools_of.pop(worker.id):
             pool.set_workers(tuple(other for other in pool.workers if other is not worker))
             if not pool.workers:
                 del pools[pool.model]
-                had_names = True
-        if had_names:
-            self._names_changed()
+                self._are_names_old = True
+        if any(card.aliases for card in worker.cards):
+            self._are_names_old = True
 
-    def _names_changed(self) -> None:
-        """Works out served names, aliases and the wildcard pool anew.
+    def _renew_names(self, worker: Worker) -> None:
+        """Works out served names, aliases and the wildcard pool anew, if `worker`'s coming or going touched them.
+
+        Most changes do not: a fleet of thousands that serves one model is registered without a look at the others.
 
         Aliases of the command line go before those of cards, among cards the first registered worker's; one hop from
         an alias of the command line to an alias of a card is followed.
         """
+        if not self._are_names_old and not any(card.aliases for card in worker.cards):
+            return
+        self._are_names_old = False
         self._wild = self._regular.get("")
         names = {model for pools in self._pools.values() for model in pools if model}
         if len(names) != len(self._served) or any(name not in names for name in self._served):
             self._served = tuple(sorted(names))
         cards: dict[str, str] = {}
-        for worker in self._workers:
-            for card in worker.cards:
+        for other in self._workers:
+            for card in other.cards:
                 for alias in card.aliases:
                     cards.setdefault(alias, card.id)
         aliases = {alias: cards.get(name, name) for alias, name in self._given_aliases.items()}
