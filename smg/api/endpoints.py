@@ -27,6 +27,7 @@ class Endpoint(msgspec.Struct, frozen=True, eq=False):
     is_json: bool = True
     needs_model: bool = True
     may_retry: bool = True
+    is_rerank: bool = False
 
     @property
     def sent_path(self) -> str:
@@ -38,8 +39,8 @@ CHAT = Endpoint("chat", "/v1/chat/completions", id_prefix="chatcmpl-")
 COMPLETIONS = Endpoint("completions", "/v1/completions", id_prefix="cmpl-")
 GENERATE = Endpoint("generate", "/generate", id_prefix="gnt-", needs_model=False)
 EMBEDDINGS = Endpoint("embeddings", "/v1/embeddings")
-RERANK_SHORT = Endpoint("rerank", "/rerank", upstream_path="/v1/rerank", needs_model=False)
-RERANK = Endpoint("rerank", "/v1/rerank", needs_model=False)
+RERANK_SHORT = Endpoint("rerank", "/rerank", upstream_path="/v1/rerank", needs_model=False, is_rerank=True)
+RERANK = Endpoint("rerank", "/v1/rerank", needs_model=False, is_rerank=True)
 CLASSIFY = Endpoint("classify", "/v1/classify", needs_model=False)
 MESSAGES = Endpoint("messages", "/v1/messages", dialect="anthropic", id_prefix="msg_")
 COUNT_TOKENS = Endpoint("count_tokens", "/v1/messages/count_tokens", dialect="anthropic", id_prefix="msg_")

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from smg.api.call import Call
 from smg.errors import UpstreamError
 from smg.fleet.worker import Worker
+from smg.net.exchange import Exchange
 from smg.net.pool import ConnectionPool, Origin
 from smg.net.readiness import Parking
 from smg.net.upstream import Upstream
@@ -70,13 +71,13 @@ class HttpWorkers:
         lines: Lines,
         headers: list[Header],
         query: bytes,
-        trace: bytes | None,
-        parking: Parking,
+        exchange: Exchange,
     ) -> Upstream:
-        """Sends the call and waits for the answer's head; the caller gives the `Upstream` back or discards it.
+        """Sends the call and waits for the answer's head; the caller gives the `Upstream` back with `close`.
 
-        Raises `UpstreamError` refused, reset, timeout; whatever `parking` was interrupted with.
+        Raises `UpstreamError` refused, reset, timeout; `ClientGone` when the exchange's client leaves meanwhile.
         """
+        parking = exchange.parking
         endpoint = call.endpoint
         start = lines.paths.get(endpoint.path)
         if start is None:
@@ -92,31 +93,42 @@ class HttpWorkers:
             start = start.replace(b" HTTP/1.1", b"?" + query + b" HTTP/1.1", 1)
         head = b"%b%bcontent-length: %d\r\n\r\n" % (
             start,
-            forwarded(headers, call.request_id, lines.key, self._is_secret, trace),
+            forwarded(headers, call.request_id, lines.key, self._is_secret, exchange.trace_lines),
             len(body),
         )
         pool = self._pool
         origin = lines.origin
         upstream = pool.take(origin)
-        if upstream is not None:
-            try:
+        is_kept = upstream is not None
+        if upstream is None:
+            upstream = await pool.open(origin, parking)
+        try:
+            if not upstream.send_nowait(head, body):
                 await upstream.send(parking, head, body)
-                await upstream.read_head(parking)
-                return upstream
-            except UpstreamError as error:
-                pool.discard(origin, upstream)
-                if error.kind != UpstreamError.RESET or upstream.received_bytes:
-                    raise
-                # The worker closed the idle connection as we wrote on it: it has read nothing.
-            except BaseException:
-                pool.discard(origin, upstream)
+            slot = upstream.connection.slot
+            while not upstream.is_head_done:
+                if not slot.is_readable and not await parking.wait_readable(slot):
+                    raise UpstreamError(UpstreamError.TIMEOUT, "no answer within the timeout", was_sent=True)
+                upstream.receive_nowait()
+            return upstream
+        except UpstreamError as error:
+            pool.discard(origin, upstream)
+            if not is_kept or error.kind != UpstreamError.RESET or upstream.received_bytes:
                 raise
-        upstream = await pool.open(origin, parking)
+            # The worker closed the idle connection as we wrote on it: it has read nothing.
+            return await self._open_anew(origin, head, body, parking)
+        except BaseException:
+            pool.discard(origin, upstream)
+            raise
+
+    async def _open_anew(self, origin: Origin, head: bytes, body: bytes, parking: Parking) -> Upstream:
+        """As `open`, on a connection that was not used before."""
+        upstream = await self._pool.open_new(origin, parking)
         try:
             await upstream.send(parking, head, body)
             await upstream.read_head(parking)
         except BaseException:
-            pool.discard(origin, upstream)
+            self._pool.discard(origin, upstream)
             raise
         return upstream
 

@@ -6,13 +6,13 @@ because they are nearly every request. Never serves anything itself.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from random import Random
 
 import trio
 
 from smg.api.endpoints import ENDPOINTS, Endpoint
-from smg.errors import ClientGone, GatewayError, ShuttingDown
+from smg.errors import ClientGone, GatewayError
 from smg.gateway import problem, routes
 from smg.gateway.gates import SERVING, Cors, Gates
 from smg.gateway.generate import Generate
@@ -51,6 +51,8 @@ class App:
         self._log = log
         self._rng = rng
         self._id_headers = tuple(name.lower().encode("latin-1") for name in id_headers)
+        # Without keys nothing stands between the route and the endpoint.
+        self._is_direct = gates.is_serving_open
         self._inference: dict[bytes, Endpoint] = {
             path.encode(): endpoint for path, endpoint in ENDPOINTS.items()
         }
@@ -58,18 +60,22 @@ class App:
         missing = known - set(endpoints) - {routes.GENERATE, routes.NOT_IMPLEMENTED}
         assert not missing, f"endpoints without code: {sorted(missing)}"
 
-    async def handle(self, exchange: Exchange) -> None:
+    def handle(self, exchange: Exchange) -> Awaitable[None]:
         """Serves one request. Raises `GatewayError` for `refuse`, `ClientGone`, `ShuttingDown`."""
         head = exchange.head
         endpoint = self._inference.get(head.target)
-        if endpoint is not None and head.method == b"POST":
-            self._identify(exchange, endpoint.id_prefix)
-            await self._infer(exchange, endpoint, b"")
-            return
-        path, query = split_target(head.target)
+        if endpoint is None or head.method != b"POST":
+            return self._serve_by_path(exchange)
+        self._identify(exchange, endpoint.id_prefix)
+        if self._is_direct:
+            return self._generate.serve(exchange, endpoint, b"")
+        return self._infer(exchange, endpoint, b"")
+
+    async def _serve_by_path(self, exchange: Exchange) -> None:
+        path, query = split_target(exchange.head.target)
         endpoint = ENDPOINTS.get(path)
         self._identify(exchange, endpoint.id_prefix if endpoint is not None else "req-")
-        if endpoint is not None and head.method == b"POST":
+        if endpoint is not None and exchange.head.method == b"POST":
             await self._infer(exchange, endpoint, query.encode("latin-1"))
             return
         await self._serve_other(exchange, path, query)
@@ -88,7 +94,9 @@ class App:
 
     def report(self, exchange: Exchange, error: BaseException) -> None:
         """Logs a fault of the gateway itself (ERR-21)."""
-        self._log.exception("request failed by a fault of the gateway", error=error, request_id=exchange.request_id)
+        self._log.exception(
+            "request failed by a fault of the gateway", error=error, request_id=exchange.request_id
+        )
 
     async def _infer(self, exchange: Exchange, endpoint: Endpoint, query: bytes) -> None:
         gates = self._gates
@@ -100,12 +108,7 @@ class App:
                     error.status, error.code, trio.current_time() - exchange.started_s
                 )
                 raise
-        try:
-            await self._generate.serve(exchange, endpoint, query)
-        except ShuttingDown:
-            if exchange.has_begun_answer:
-                raise
-            raise problem.no_available_workers("The gateway is shutting down") from None
+        await self._generate.serve(exchange, endpoint, query)
 
     async def _serve_other(self, exchange: Exchange, path: str, query: str) -> None:
         template = routes.UNKNOWN_TEMPLATE
@@ -167,15 +170,10 @@ class App:
 
     def _identify(self, exchange: Exchange, prefix: str) -> None:
         fields = exchange.head.fields
-        exchange.request_id = ""
-        for name in self._id_headers:
-            if name in fields:
-                exchange.request_id = given_request_id(
-                    exchange.head.headers, self._id_headers, prefix, self._rng
-                )
-                break
-        else:
+        if fields.keys().isdisjoint(self._id_headers):
             exchange.request_id = new_request_id(prefix, self._rng)
+        else:
+            exchange.request_id = given_request_id(exchange.head.headers, self._id_headers, prefix, self._rng)
         if self._cors is not None:
             exchange.extra_lines = self._cors.block(fields.get(b"origin"))
 

@@ -10,6 +10,7 @@ each exactly once whatever happens. Never reads a client's body, never admits, n
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from email.utils import parsedate_to_datetime
 from random import Random
@@ -26,14 +27,15 @@ from smg.fleet.pool import Pool
 from smg.fleet.retry import RetryBudget, RetryRules, is_failure
 from smg.fleet.worker import Worker
 from smg.gateway import problem
-from smg.gateway.relay import StreamBounds, Told, relay_plain, relay_stream
+from smg.gateway.relay import StreamBounds, Told, relay_plain, relay_stream, whole_answer
 from smg.gateway.rerank import wrapped as wrapped_rerank
 from smg.gateway.rerank import wraps
 from smg.gateway.tallies import Lane, Tallies
 from smg.net.connection import DeadlinePassed
 from smg.net.exchange import Exchange
+from smg.net.readiness import Readiness
 from smg.net.upstream import Upstream
-from smg.policies.policy import Outcome, Policy, Wants
+from smg.policies.policy import Outcome, Policy
 from smg.wire.headers import returned, value_of
 
 HELD_ANSWER_BYTES_MAX = 1 << 20  # an error answer up to this is kept while another worker is tried
@@ -70,6 +72,7 @@ class Dispatch:
         bounds: StreamBounds,
         tallies: Tallies,
         note_refused: Callable[[Worker], None],
+        readiness: Readiness,
         rng: Random,
         *,
         timeout_s: float,
@@ -82,46 +85,42 @@ class Dispatch:
         self._bounds = bounds
         self._tallies = tallies
         self._note_refused = note_refused
+        self._readiness = readiness
         self._rng = rng
         self._timeout_s = timeout_s
         self._resend_bytes_max = resend_bytes_max
         self._sheds_overload = sheds_overload
 
-    async def run(
-        self,
-        exchange: Exchange,
-        call: Call,
-        pool: Pool,
-        policy: Policy,
-        lane: Lane,
-        query: bytes,
-        trace: bytes | None = None,
-    ) -> int:
+    async def run(self, exchange: Exchange, call: Call, pool: Pool, lane: Lane, query: bytes) -> int:
         """Answers `exchange` from a worker of `pool`; the status that was sent.
 
         Raises `GatewayError` 502, 503, 504 when no worker answered and none of its bytes went out; `ClientGone`.
         """
-        now = trio.current_time()
+        now = self._readiness.now_s
         self._budget.requested(now)
         exchange.parking.deadline_s = exchange.started_s + self._timeout_s
-        candidates = self.candidates(call, pool, now)
-        worker = self.choose(call, policy, candidates, now)
-        attempts = 0
-        tried: list[Worker] = []
+        worker = self.choose(call, lane.policy, self.candidates(call, pool, now), now)
+        attempts = 1
+        attempts_max = self._rules.attempts_max if call.endpoint.may_retry else 1
+        answered = await self._attempt(exchange, call, worker, lane, query, attempts < attempts_max)
+        if type(answered) is int:
+            return answered
+        tried = [worker]
         while True:
-            attempts += 1
-            may_retry = attempts < self._rules.attempts_max and call.endpoint.may_retry
-            failed = await self._attempt(exchange, call, worker, policy, lane, query, trace, may_retry)
-            if type(failed) is int:
-                return failed
-            assert isinstance(failed, Failed)
+            assert isinstance(answered, Failed)
+            again = await self._next_worker(
+                exchange, call, pool, lane.policy, worker, tried, attempts, answered
+            )
+            if again is None:
+                return await self._give_up(exchange, answered)
+            worker = again
             if worker not in tried:
                 tried.append(worker)
-            again = await self._next_worker(exchange, call, pool, policy, worker, tried, attempts, failed)
-            if again is None:
-                return await self._give_up(exchange, failed)
-            worker = again
+            attempts += 1
             self._tallies.retried(call.endpoint, worker)
+            answered = await self._attempt(exchange, call, worker, lane, query, attempts < attempts_max)
+            if type(answered) is int:
+                return answered
 
     def candidates(self, call: Call, pool: Pool, now: float) -> Sequence[Worker]:
         """Who may get the call (RT-1); never empty. Raises `GatewayError` 503 (ERR-15, ERR-19; RT-4)."""
@@ -144,41 +143,37 @@ class Dispatch:
         return worker
 
     async def _attempt(
-        self,
-        exchange: Exchange,
-        call: Call,
-        worker: Worker,
-        policy: Policy,
-        lane: Lane,
-        query: bytes,
-        trace: bytes | None,
-        may_retry: bool,
+        self, exchange: Exchange, call: Call, worker: Worker, lane: Lane, query: bytes, may_retry: bool
     ) -> int | Failed:
         """One attempt on `worker`: the status that was relayed, or why nothing was."""
-        started_s = trio.current_time()
+        readiness = self._readiness
+        started_s = readiness.now_s
         breaker = worker.breaker
         permit = breaker.started(started_s)
-        chars = len(call.text()) if Wants.TEXT in policy.wants else 0
+        chars = len(call.text()) if lane.needs_text else 0
         load.begin(worker, chars)
-        policy.placed(call, worker, started_s)
+        if lane.tells_placed:
+            lane.policy.placed(call, worker, started_s)
         lane.selected(worker)
         lines = self._workers.lines(worker)
         upstream: Upstream | None = None
         is_success: bool | None = None
         told = Told()
         try:
-            upstream = await self._workers.open(
-                call, worker, lines, exchange.head.headers, query, trace, exchange.parking
-            )
+            upstream = await self._workers.open(call, worker, lines, exchange.head.headers, query, exchange)
             status = upstream.status
-            is_success = not is_failure(status, worker)
-            if may_retry and self._rules.is_retryable(status):
+            is_success = status == 200 or not is_failure(status, worker)
+            if may_retry and not is_success and self._rules.is_retryable(status):
                 held = await _hold(exchange, upstream, lines)
                 if held is not None:
                     self._note_rest(worker, held, started_s)
                     lane.upstream(status)
                     return Failed(held=held)
-            told = await self._relay(exchange, call, worker, policy, upstream, lines, started_s, told)
+            if upstream.is_complete and not call.endpoint.is_rerank:
+                if not exchange.write_nowait(whole_answer(exchange, upstream, lines.id_line, told)):
+                    await exchange.flush()
+                return status
+            told = await self._relay(exchange, call, worker, lane.policy, upstream, lines, started_s, told)
             if told.failure is not None:
                 is_success = False
                 self._tallies.worker_error(worker, told.failure.kind)
@@ -193,7 +188,7 @@ class Dispatch:
             is_success = None  # the client left, or we shut down: the worker is not to blame (STR-9)
             raise
         finally:
-            now = trio.current_time()
+            now = readiness.now_s
             if upstream is not None:
                 self._workers.close(lines, upstream)
             load.end(worker, chars)
@@ -203,7 +198,12 @@ class Dispatch:
                 breaker.abandoned(permit)
             else:
                 breaker.failed(now, permit)
-            self._settle(call, worker, policy, lane, upstream, told, is_success, started_s, now)
+            usage = told.usage
+            if usage is not None or told.first_byte_s is not None:
+                ttft_s = None if told.first_byte_s is None else told.first_byte_s - started_s
+                lane.generated(ttft_s, now - started_s, usage)
+            if lane.tells_finished:
+                self._settle(call, worker, lane.policy, upstream, told, is_success, started_s, now)
 
     async def _relay(
         self,
@@ -216,8 +216,7 @@ class Dispatch:
         started_s: float,
         told: Told,
     ) -> Told:
-        content_type = value_of(upstream.headers, b"content-type")
-        is_events = content_type is not None and content_type.startswith(b"text/event-stream")
+        is_events = upstream.content_type.startswith(b"text/event-stream")
         if upstream.length is None and (is_events or (call.is_stream and not upstream.is_complete)):
 
             def first_byte(now: float) -> None:
@@ -227,7 +226,7 @@ class Dispatch:
                 exchange, upstream, lines.id_line, call.endpoint.dialect, self._bounds, told, first_byte
             )
             return told
-        if wraps(call.endpoint, upstream.status, content_type):
+        if wraps(call.endpoint, upstream.status, upstream.content_type):
             return await _relay_rerank(exchange, call, upstream, lines)
         return await relay_plain(exchange, upstream, lines.id_line)
 
@@ -236,14 +235,13 @@ class Dispatch:
         call: Call,
         worker: Worker,
         policy: Policy,
-        lane: Lane,
         upstream: Upstream | None,
         told: Told,
         is_success: bool | None,
         started_s: float,
         now: float,
     ) -> None:
-        """Tells policy and metrics how the attempt ended."""
+        """Tells the policy how the attempt ended."""
         usage = told.usage
         ttft_s = None if told.first_byte_s is None else told.first_byte_s - started_s
         policy.finished(
@@ -260,8 +258,6 @@ class Dispatch:
             ),
             now,
         )
-        if usage is not None or ttft_s is not None:
-            lane.generated(ttft_s, now - started_s, usage)
 
     def _note_rest(self, worker: Worker, held: Held, now: float) -> None:
         """Remembers `Retry-After` of a 429 or 503 (CB-4)."""
@@ -361,7 +357,7 @@ async def _relay_rerank(exchange: Exchange, call: Call, upstream: Upstream, line
         raise UpstreamError(
             UpstreamError.TIMEOUT, "answer not complete within the timeout", was_sent=True
         ) from None
-    body = wrapped_rerank(b"".join(pieces), call.document, call.request_id, trio.current_time())
+    body = wrapped_rerank(b"".join(pieces), call.document, call.request_id, time.time())
     head = exchange.head_block(upstream.status, returned(upstream.headers) + lines.id_line, len(body))
     await exchange.write(head + body)
     return Told()

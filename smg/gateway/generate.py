@@ -7,7 +7,6 @@ never changes a byte of the body but the value of an alias (UP-2).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from random import Random
 from typing import Protocol
 
 import trio
@@ -17,15 +16,13 @@ from smg.api.call import Call
 from smg.api.endpoints import Endpoint
 from smg.errors import ClientGone, GatewayError
 from smg.fleet.pool import Pool
-from smg.fleet.registry import Registry
-from smg.fleet.routing_table import PolicyTable
-from smg.fleet.worker import Status
-from smg.gateway import problem
-from smg.gateway.dispatch import Dispatch
-from smg.gateway.tallies import Lane, Tallies
+from smg.fleet.registry import Added, ModelsChanged, Registry, Removed, Updated
+from smg.gateway.resolve import key_headers as resolve_key_headers
+from smg.gateway.resolve import model_of, no_pool, routing_key_of
+from smg.gateway.tallies import LANES_MAX, Lane, Tallies
 from smg.net.exchange import Exchange
 from smg.net.readiness import Parking, Readiness
-from smg.policies.policy import Policy, Wants
+from smg.policies.routing_table import PolicyTable
 from smg.tenancy.admission import EXPIRED, Admission, Ticket
 from smg.wire.json_splice import quoted, replace_member
 
@@ -35,16 +32,7 @@ CLIENT_GONE_STATUS = 499  # the status under which a departed client is counted;
 class Runner(Protocol):
     """Who answers a call: `Dispatch`, or the prefill-decode pair."""
 
-    async def run(
-        self,
-        exchange: Exchange,
-        call: Call,
-        pool: Pool,
-        policy: Policy,
-        lane: Lane,
-        query: bytes,
-        trace: bytes | None,
-    ) -> int:
+    async def run(self, exchange: Exchange, call: Call, pool: Pool, lane: Lane, query: bytes) -> int:
         """Answers the exchange; the status sent."""
         ...
 
@@ -61,10 +49,9 @@ class Generate:
         registry: Registry,
         policies: PolicyTable,
         admission: Admission,
-        dispatch: Dispatch | Runner,
+        dispatch: Runner,
         tallies: Tallies,
         readiness: Readiness,
-        rng: Random,
         *,
         key_headers: Sequence[str] = (),
         needs_key: bool = False,
@@ -74,32 +61,45 @@ class Generate:
         self._admission = admission
         self._dispatch = dispatch
         self._tallies = tallies
-        self._rng = rng
-        self._key_headers = (b"x-smg-routing-key", *(name.lower().encode("latin-1") for name in key_headers))
+        self._key_headers = resolve_key_headers(key_headers)
         self._needs_key = needs_key
+        self._readiness = readiness
+        self._lanes: dict[tuple[str, str, bool], Lane] = {}
         readiness.add_sweeper(self._expire)
+        registry.subscribe(self._changed)
 
     async def serve(self, exchange: Exchange, endpoint: Endpoint, query: bytes) -> None:
         """One inference request, its id and key already checked. Raises `GatewayError`, `ClientGone`."""
         lane: Lane | None = None
+        readiness = self._readiness
         try:
-            call = await self._read(exchange, endpoint)
-            pool = self._pool(call)
-            policy = self._policies.policy_for(pool.model)
-            lane = self._tallies.lane(endpoint, pool.model, policy.name, call.is_stream)
-            if self._needs_key or Wants.KEY in policy.wants:
-                call.routing_key = self._routing_key(exchange)
+            fields = exchange.head.fields
+            if b"content-encoding" in fields:
+                checks.refuse_content_encoding(fields[b"content-encoding"])
+            body = exchange.body_nowait()
+            if body is None:
+                body = await exchange.read_body()
+            call = self._call(exchange, endpoint, body, fields)
+            pool = self._registry.pool(call.model)
+            if pool is None:
+                raise no_pool(self._registry, call.model)
+            lane = self._lanes.get((endpoint.path, pool.model, call.is_stream)) or self._lane(call, pool)
+            if lane.needs_key:
+                call.routing_key = routing_key_of(fields, self._key_headers)
             queued_s = 0.0
-            now = trio.current_time()
-            ticket = self._admission.enter(now)
+            admission = self._admission
+            ticket = admission.enter(readiness.now_s)
             if ticket is not None:
+                now = readiness.now_s
                 await self._wait_turn(exchange, ticket)
                 queued_s = trio.current_time() - now
             try:
-                status = await self._dispatch.run(exchange, call, pool, policy, lane, query, None)
+                status = await self._dispatch.run(exchange, call, pool, lane, query)
             finally:
-                self._wake(self._admission.leave())
-            lane.series.finished(status, "", trio.current_time() - exchange.started_s, queued_s)
+                next_ticket = admission.leave()
+                if next_ticket is not None:
+                    self._wake(next_ticket)
+            lane.series.finished(status, "", readiness.now_s - exchange.started_s, queued_s)
         except GatewayError as error:
             self._count_failure(exchange, endpoint, lane, error.status, error.code)
             raise
@@ -107,16 +107,13 @@ class Generate:
             self._count_failure(exchange, endpoint, lane, CLIENT_GONE_STATUS, "client_gone")
             raise
 
-    async def _read(self, exchange: Exchange, endpoint: Endpoint) -> Call:
-        fields = exchange.head.fields
-        if b"content-encoding" in fields:
-            checks.refuse_content_encoding(fields[b"content-encoding"])
-        body = await exchange.read_body()
+    def _call(self, exchange: Exchange, endpoint: Endpoint, body: bytes, fields: dict[bytes, bytes]) -> Call:
+        """The checked call. Raises `GatewayError` 400, 501."""
         content_type = fields.get(b"content-type")
         document = checks.decode_body(endpoint, body, content_type)
         checks.check(endpoint, document)
         asked = document.get("model") or ""
-        model = self._registry.resolve(asked) if asked else self._only_model(endpoint)
+        model = model_of(self._registry, asked)
         if model != asked and asked:
             if endpoint.is_json:
                 body = replace_member(body, "model", quoted(model), is_present=True)
@@ -133,37 +130,18 @@ class Generate:
             request_id=exchange.request_id,
         )
 
-    def _only_model(self, endpoint: Endpoint) -> str:
-        """The model of a request that names none (MOD-5)."""
-        served = self._registry.served_models()
-        if len(served) > 1:
-            raise GatewayError(
-                400, "missing_model", "Several models are served; name one in `model`", param="model"
-            )
-        return served[0] if served else ""
+    def _lane(self, call: Call, pool: Pool) -> Lane:
+        """A new lane; kept until the fleet's models change."""
+        policy = self._policies.policy_for(pool.model)
+        lane = self._tallies.lane(call.endpoint, pool.model, policy, call.is_stream, self._needs_key)
+        if len(self._lanes) < LANES_MAX:
+            self._lanes[call.endpoint.path, pool.model, call.is_stream] = lane
+        return lane
 
-    def _pool(self, call: Call) -> Pool:
-        """The workers of the call's model. Raises 404 (ERR-9), or 503 while a worker has yet to tell its models."""
-        pool = self._registry.pool(call.model)
-        if pool is not None:
-            return pool
-        workers = self._registry.workers()
-        if not workers and not call.model:
-            raise problem.no_available_workers()
-        if any(worker.status is Status.PENDING and not worker.models for worker in workers):
-            raise problem.no_available_workers("A worker has not reported its models yet")
-        raise problem.model_not_found(call.model)
-
-    def _routing_key(self, exchange: Exchange) -> str | None:
-        """The sticky key (RT-5): the first header given that holds visible text."""
-        fields = exchange.head.fields
-        for name in self._key_headers:
-            value = fields.get(name)
-            if value and len(value) <= 1024 and value.isascii():
-                text = value.decode("ascii").strip()
-                if text:
-                    return text
-        return None
+    def _changed(self, change: object) -> None:
+        """Workers came, went or changed their models: policies and series may be others now."""
+        if isinstance(change, (Added, Removed, ModelsChanged, Updated)):
+            self._lanes.clear()
 
     async def _wait_turn(self, exchange: Exchange, ticket: Ticket) -> None:
         ticket.waiter = exchange.parking
@@ -186,7 +164,7 @@ class Generate:
     def _count_failure(
         self, exchange: Exchange, endpoint: Endpoint, lane: Lane | None, status: int, code: str
     ) -> None:
-        duration_s = trio.current_time() - exchange.started_s
+        duration_s = self._readiness.now_s - exchange.started_s
         if lane is not None:
             lane.failed(status, code, duration_s)
         else:

@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable
 
 import msgspec
-import trio
 
 from smg.errors import ShuttingDown, UpstreamError
 from smg.gateway.problem import KEEP_ALIVE, stream_failure
@@ -30,6 +29,15 @@ TAP_PIECES = 64  # last pieces of a stream that the tap refers to; with pieces o
 _COUNT = re.compile(
     rb'"(prompt_tokens|completion_tokens|input_tokens|output_tokens|cached_tokens|cache_read_input_tokens)":\s*(\d{1,12})'
 )
+
+_USAGE_FIELDS = {
+    b"prompt_tokens": "prompt_tokens",
+    b"input_tokens": "prompt_tokens",
+    b"completion_tokens": "completion_tokens",
+    b"output_tokens": "completion_tokens",
+    b"cached_tokens": "cached_tokens",
+    b"cache_read_input_tokens": "cached_tokens",
+}
 
 
 class Usage(msgspec.Struct):
@@ -53,17 +61,32 @@ def usage_of(tail: bytes) -> Usage | None:
 
     Later numbers win, because a stream repeats usage and its last word is the right one.
     """
-    if b"_tokens" not in tail:
+    start = tail.find(b'"usage"')
+    if start < 0:
+        return None
+    counts = _COUNT.findall(tail, start)
+    if not counts:
         return None
     usage = Usage()
-    for name, digits in _COUNT.findall(tail):
-        if name in (b"prompt_tokens", b"input_tokens"):
-            usage.prompt_tokens = int(digits)
-        elif name in (b"completion_tokens", b"output_tokens"):
-            usage.completion_tokens = int(digits)
-        else:
-            usage.cached_tokens = int(digits)
+    for name, digits in counts:
+        setattr(usage, _USAGE_FIELDS[name], int(digits))
     return usage
+
+
+def whole_answer(exchange: Exchange, upstream: Upstream, id_line: bytes, told: Told) -> bytes:
+    """The bytes for the client of a plain answer that is complete; usage goes into `told`."""
+    body = upstream.take()
+    head = exchange.head_block(upstream.status, returned(upstream.headers) + id_line, _length(upstream, body))
+    if not body:
+        return head
+    told.usage = usage_of(body[-TAIL_BYTES:])
+    return head + body
+
+
+def _length(upstream: Upstream, body: bytes) -> int:
+    """What `content-length` says: the worker's own word also where no body goes with it (HEAD, 304; DN-6)."""
+    length = upstream.length
+    return len(body) if length is None or body else length
 
 
 async def relay_plain(exchange: Exchange, upstream: Upstream, id_line: bytes) -> Told:
@@ -74,33 +97,22 @@ async def relay_plain(exchange: Exchange, upstream: Upstream, id_line: bytes) ->
     """
     parking = exchange.parking
     told = Told()
-    pieces: list[bytes] = []
-    size = 0
+    size = sum(map(len, upstream.pieces))
     try:
-        while True:
-            piece = upstream.take()
-            if piece:
-                pieces.append(piece)
-                size += len(piece)
-            if upstream.is_complete or size > HELD_BYTES_MAX:
-                break
+        while not upstream.is_complete and size <= HELD_BYTES_MAX:
             await upstream.read_more(parking)
+            size = sum(map(len, upstream.pieces))
     except DeadlinePassed:
         raise UpstreamError(
             UpstreamError.TIMEOUT, "answer not complete within the timeout", was_sent=True
         ) from None
-    body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
-    length = upstream.length
-    if length is None and upstream.is_complete:
-        length = size
-    head = exchange.head_block(upstream.status, returned(upstream.headers) + id_line, length)
     if upstream.is_complete:
-        await exchange.write(head + body if body else head)
-        told.usage = usage_of(body[-TAIL_BYTES:])
+        await exchange.write(whole_answer(exchange, upstream, id_line, told))
         return told
-    return await _relay_large(
-        exchange, upstream, head, body, length is None and not exchange.head.is_http10, told
-    )
+    length = upstream.length
+    head = exchange.head_block(upstream.status, returned(upstream.headers) + id_line, length)
+    is_chunked = length is None and not exchange.head.is_http10
+    return await _relay_large(exchange, upstream, head, upstream.take(), is_chunked, told)
 
 
 async def _relay_large(
@@ -162,6 +174,7 @@ async def relay_stream(
     write = exchange.write
     keepalive_s = bounds.keepalive_s or bounds.silence_max_s
     tap: deque[bytes] = deque(maxlen=TAP_PIECES)
+    first = b""
     watch = ResponsesWatch() if dialect == "responses" else None
     head = exchange.head_block(upstream.status, returned(upstream.headers) + id_line, None)
     try:
@@ -170,7 +183,8 @@ async def relay_stream(
             if pieces:
                 piece = upstream.take()
                 if told.first_byte_s is None:
-                    told.first_byte_s = now = trio.current_time()
+                    told.first_byte_s = now = readiness.now_s
+                    first = piece[:TAIL_BYTES]
                     first_byte(now)
                 tap.append(piece if len(piece) <= TAIL_BYTES else piece[-TAIL_BYTES:])
                 if watch is not None:
@@ -204,7 +218,9 @@ async def relay_stream(
         raise
     if is_chunked:
         await write(b"0\r\n\r\n")
-    told.usage = usage_of(b"".join(tap)[-TAIL_BYTES:])
+    last = b"".join(tap)[-TAIL_BYTES:]
+    # Anthropic tells the prompt's tokens in the first event and the answer's in the last.
+    told.usage = usage_of(first + last if dialect == "anthropic" else last)
 
 
 async def _write_failure(

@@ -7,8 +7,9 @@ series. The hot path touches bound counters only. Never reads a clock.
 from __future__ import annotations
 
 from smg.api.endpoints import Endpoint
-from smg.fleet.worker import Kind, Worker
+from smg.fleet.worker import Worker
 from smg.gateway.relay import Usage
+from smg.policies.policy import Policy, Stateless, Wants
 from smg.telemetry.metrics import OTHER, Counter, Metrics
 
 ROUTER_TYPE = "http"
@@ -28,31 +29,56 @@ _ERROR_TYPES = {
 
 
 class Lane:
-    """The counters of one endpoint, model, policy and stream mode."""
+    """What is the same for every request of one endpoint, model and stream mode: the policy, what it wants, and the
+    counters.
 
-    __slots__ = ("_selected", "_tallies", "model", "policy_name", "series")
+    `tells_placed` and `tells_finished` are False for policies that remember nothing: then dispatch need not tell them.
+    """
+
+    __slots__ = (
+        "_selected",
+        "_tallies",
+        "model",
+        "needs_key",
+        "needs_text",
+        "policy",
+        "series",
+        "tells_finished",
+        "tells_placed",
+    )
 
     def __init__(
-        self, tallies: Tallies, endpoint: Endpoint, model: str, policy_name: str, is_stream: bool
+        self,
+        tallies: Tallies,
+        endpoint: Endpoint,
+        model: str,
+        policy: Policy,
+        is_stream: bool,
+        needs_key: bool,
     ) -> None:
         self._tallies = tallies
         self.model = model
-        self.policy_name = policy_name
+        self.policy = policy
+        self.needs_key = needs_key or Wants.KEY in policy.wants
+        self.needs_text = Wants.TEXT in policy.wants
+        kind = type(policy)
+        self.tells_placed = getattr(kind, "placed", None) is not Stateless.placed
+        self.tells_finished = getattr(kind, "finished", None) is not Stateless.finished
         self.series = tallies.metrics.request_series(
             "POST", endpoint.path, model, endpoint.name, is_stream, ROUTER_TYPE, "regular", CONNECTION_MODE
         )
-        self._selected: dict[Kind, Counter] = {}
+        self._selected: dict[str, Counter] = {}
 
     def selected(self, worker: Worker) -> None:
         """A worker was chosen."""
-        counter = self._selected.get(worker.kind)
+        counter = self._selected.get(worker.spec.worker_type)
         if counter is None:
-            counter = self._selected[worker.kind] = self._tallies.metrics.counter(
+            counter = self._selected[worker.spec.worker_type] = self._tallies.metrics.counter(
                 "smg_worker_selection_total",
                 worker_type=worker.kind.value,
                 connection_mode=CONNECTION_MODE,
                 model=self.model,
-                policy=self.policy_name,
+                policy=self.policy.name,
             )
         counter.value += 1
 
@@ -80,21 +106,15 @@ class Tallies:
 
     def __init__(self, metrics: Metrics) -> None:
         self.metrics = metrics
-        self._lanes: dict[tuple[str, str, str, bool], Lane] = {}
 
-    def lane(self, endpoint: Endpoint, model: str, policy_name: str, is_stream: bool) -> Lane:
-        """The lane of a request; `model` is "" for a name that no worker claims."""
-        key = (endpoint.path, model, policy_name, is_stream)
-        lane = self._lanes.get(key)
-        if lane is None:
-            lane = Lane(self, endpoint, model or OTHER, policy_name, is_stream)
-            if len(self._lanes) < LANES_MAX:
-                self._lanes[key] = lane
-        return lane
+    def lane(
+        self, endpoint: Endpoint, model: str, policy: Policy, is_stream: bool, needs_key: bool = False
+    ) -> Lane:
+        """A new lane; `model` is "" for a name that no worker claims."""
+        return Lane(self, endpoint, model or OTHER, policy, is_stream, needs_key)
 
     def forget_model(self, model: str) -> None:
         """A model is served no more: its series go (MET-10)."""
-        self._lanes = {key: lane for key, lane in self._lanes.items() if key[1] != model}
         self.metrics.forget(model=model)
 
     def worker_error(self, worker: Worker, kind: str) -> None:

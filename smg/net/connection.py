@@ -223,17 +223,16 @@ class TlsConnection:
     def receive_nowait(self) -> bytes | None:
         """See `Connection.receive_nowait`."""
         data = self._read()
-        if data is not None:
-            return data
-        more = self._plain.receive_nowait()
-        if more is None:
-            return None
-        if not more:
-            return b""
-        self._incoming.write(more)
-        data = self._read()
-        if data is not None and (self._incoming.pending or self._tls.pending()):
-            self.slot.is_readable = True
+        if data is None:
+            more = self._plain.receive_nowait()
+            if more is None:
+                return None
+            if not more:
+                return b""
+            self._incoming.write(more)
+            data = self._read()
+        if data and (self._incoming.pending or self._tls.pending()):
+            self.slot.is_readable = True  # what is already here is not reported by the kernel again
         return data
 
     def send_nowait(self, data: bytes) -> int:

@@ -38,11 +38,13 @@ class Exchange:
 
     `has_begun_answer` is true once a byte of the answer may be with the client. `is_streaming` tells that an end of
     the client's input counts as a departure at once. `extra_lines` are header lines that every answer of this request
-    gets, each ended by CRLF. `keep_alive` may be switched off by whoever answers.
+    gets, each ended by CRLF; `trace_lines` those that the worker gets instead of the client's trace headers (TRC-1).
+    `keep_alive` may be switched off by whoever answers.
     """
 
     __slots__ = (
         "_has_body_left",
+        "_unsent",
         "connection",
         "date_line",
         "extra_lines",
@@ -60,6 +62,7 @@ class Exchange:
         "request_id",
         "sent_bytes",
         "started_s",
+        "trace_lines",
     )
 
     def __init__(
@@ -89,7 +92,9 @@ class Exchange:
         self.keep_alive = True
         self.sent_bytes = 0
         self.started_s = 0.0
+        self.trace_lines: bytes | None = None
         self._has_body_left = False
+        self._unsent: memoryview | None = None
 
     def begin(self, head: RequestHead, now: float, date_line: bytes, is_draining: bool) -> None:
         """A new request starts."""
@@ -99,15 +104,14 @@ class Exchange:
         self.keep_alive = head.keep_alive and not is_draining
         self.request_id = ""
         self.extra_lines = b""
+        self.trace_lines = None
         self.is_busy = True
         self.is_streaming = False
         self.has_begun_answer = False
         self.sent_bytes = 0
         self.started_s = now
         self._has_body_left = head.length != 0
-        self.parking.reset()
-        slot = self.connection.slot
-        if slot.is_hung_up:
+        if self.connection.slot.is_hung_up:
             self._input_ended()
 
     async def read_body(self, bytes_max: int | None = None) -> bytes:
@@ -132,20 +136,48 @@ class Exchange:
         self._has_body_left = False
         return body
 
-    async def write(self, data: bytes) -> None:
-        """Sends bytes of the answer. Raises `ClientGone`, also when the client takes nothing for the stall time."""
+    def body_nowait(self) -> bytes | None:
+        """The whole body when it has already come with its head, else None: then `read_body` waits for it."""
+        length = self.head.length
+        if length == 0:
+            return b""
+        body = self.reader.take_whole(length)
+        if body is not None:
+            self._has_body_left = False
+        return body
+
+    def write_nowait(self, data: bytes) -> bool:
+        """As `write`; False when the kernel did not take all: then `flush` sends the rest. Raises `ClientGone`."""
         self.has_begun_answer = True
         try:
             sent = self.connection.send_nowait(data)
-            if sent != len(data):
-                parking = self.parking
-                kept_s = parking.deadline_s
-                parking.deadline_s = self.readiness.now_s + self.limits.body_stall_timeout_s
-                await self.connection.send(parking, memoryview(data)[sent:])
-                parking.deadline_s = kept_s
-        except (ConnectionLost, DeadlinePassed):
+        except ConnectionLost:
             raise ClientGone from None
         self.sent_bytes += len(data)
+        if sent == len(data):
+            return True
+        self._unsent = memoryview(data)[sent:]
+        return False
+
+    async def flush(self) -> None:
+        """Sends what `write_nowait` left. Raises `ClientGone`."""
+        unsent = self._unsent
+        if unsent is None:
+            return
+        self._unsent = None
+        parking = self.parking
+        kept_s = parking.deadline_s
+        parking.deadline_s = self.readiness.now_s + self.limits.body_stall_timeout_s
+        try:
+            await self.connection.send(parking, unsent)
+        except (ConnectionLost, DeadlinePassed):
+            raise ClientGone from None
+        parking.deadline_s = kept_s
+
+    async def write(self, data: bytes) -> None:
+        """Sends bytes of the answer. Raises `ClientGone`, also when the client takes nothing for the stall time."""
+        if not self.write_nowait(data):
+            await self.flush()
 
     async def respond(self, status: int, header_block: bytes, body: bytes) -> None:
         """Sends a whole answer of the gateway's own.
@@ -204,14 +236,11 @@ class Exchange:
         if self.connection.slot.is_hung_up:
             raise ClientGone
 
-    async def end(self) -> bool:
-        """Ends the request; whether another may follow on this connection."""
+    def end(self) -> bool:
+        """Ends the request; whether another may follow on this connection. Else `shed` comes before `close`."""
         self.is_busy = False
         self.parking.reset()
-        if self._has_body_left:
-            await self._shed()
-            return False
-        return self.keep_alive
+        return self.keep_alive and not self._has_body_left
 
     def close(self) -> None:
         """Closes the connection."""
@@ -276,8 +305,10 @@ class Exchange:
             await self.write(CONTINUE)
             self.has_begun_answer = began
 
-    async def _shed(self) -> None:
+    async def shed(self) -> None:
         """Reads and drops what a refused client still sends, so that it can read the answer (HTTP-8)."""
+        if not self._has_body_left:
+            return
         self.connection.shutdown_send()
         left = SHED_BYTES_MAX - len(self.reader.take_input(1 << 62))
         until_s = self.readiness.now_s + SHED_FOR_S

@@ -115,7 +115,8 @@ class ConnectionPool:
         idle = origin.idle
         while idle:
             upstream = idle.pop()
-            if not upstream.is_stale:
+            slot = upstream.connection.slot
+            if not slot.is_hung_up and not slot.is_readable:
                 upstream.is_fresh = False
                 return upstream
             self._close(origin, upstream)
@@ -123,12 +124,12 @@ class ConnectionPool:
 
     def give_back(self, origin: Origin, upstream: Upstream) -> None:
         """Ends the use of a connection: kept when it may serve again, else closed."""
-        may_stay = upstream.is_complete and upstream.may_be_reused and not upstream.is_stale
+        slot = upstream.connection.slot
+        may_stay = upstream.may_be_reused and not slot.is_hung_up and not slot.is_readable
         if not may_stay or len(origin.idle) >= IDLE_PER_ORIGIN_MAX:
             self._close(origin, upstream)
             return
         upstream.idle_since_s = self._readiness.now_s
-        upstream.pieces.clear()
         origin.idle.append(upstream)
         if origin.waiters:
             origin.waiters.popleft().wake()
@@ -150,6 +151,10 @@ class ConnectionPool:
             if origin.open_count < origin.connections_max:
                 break
             await self._wait_turn(origin, parking)
+        return await self.open_new(origin, parking)
+
+    async def open_new(self, origin: Origin, parking: Parking) -> Upstream:
+        """As `open`, without looking for an idle one and without the bound: for the replacement of a dead one."""
         origin.open_count += 1
         try:
             return await self._connect(origin, parking)

@@ -8,6 +8,9 @@ trio task waiting in `wait_task_rescheduled`.
 The room also keeps the one sweep over deadlines (a `trio.fail_after` per operation costs 10 us each) and the clock
 of the data path: `now` is trio's clock, read once per batch of events.
 
+A wait yields trio's own trap object, made once per parking: `wait_task_rescheduled` makes one per wait and adds two
+frames (docs/decisions/0004-waiting-cheaply.md). `tests/smg/net/test_readiness.py` fails when a trio release changes it.
+
 It must never read or write a socket.
 """
 
@@ -16,10 +19,12 @@ from __future__ import annotations
 import math
 import select
 import socket
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Generator
 from typing import Any
 
 import trio
+from trio._core._traps import WaitTaskRescheduled
 
 SWEEP_INTERVAL_S = 0.1  # deadlines on the data path are seconds; 0.1 s late is soon enough (HTTP-14: 1.5 s)
 EVENTS_PER_POLL_MAX = 1024
@@ -55,6 +60,8 @@ class _Raised:
         raise self._error
 
 
+reschedule = trio.lowlevel.reschedule
+
 _READY: Any = _Sent(True)
 _EXPIRED: Any = _Sent(False)
 
@@ -83,23 +90,35 @@ class Slot:
 class Parking:
     """Where one task waits: for what, until when, and how others end the wait.
 
-    One task owns one parking and waits in one place at a time. `deadline_s` bounds every wait (swept each
+    The task that makes it owns it and waits in one place at a time. `deadline_s` bounds every wait (swept each
     `SWEEP_INTERVAL_S`); `gone_deadline_s` is when the client counts as gone (HTTP-13), and then `on_gone` decides.
     """
 
-    __slots__ = ("_abort", "_pending", "_scope", "_slot", "_task", "deadline_s", "gone_deadline_s", "on_gone")
+    __slots__ = (
+        "_pending",
+        "_scope",
+        "_slot",
+        "_task",
+        "_trap",
+        "_waiting",
+        "deadline_s",
+        "gone_deadline_s",
+        "on_gone",
+    )
 
     def __init__(self) -> None:
         self.deadline_s = math.inf
         self.gone_deadline_s = math.inf
         self.on_gone: Callable[[], None] | None = None
-        self._task: trio.lowlevel.Task | None = None
+        self._task = trio.lowlevel.current_task()
+        self._waiting = False
         self._slot: Slot | None = None
         self._pending: BaseException | None = None
         self._scope: trio.CancelScope | None = None
-        self._abort = self._aborted
+        self._trap: Any = WaitTaskRescheduled(self._aborted)
 
-    async def wait_readable(self, slot: Slot) -> bool:
+    @types.coroutine
+    def wait_readable(self, slot: Slot) -> Generator[Any, Any, bool]:
         """Waits until `slot` may be read: True; or until the deadline: False. Raises what `interrupt` was given."""
         if slot.is_readable:
             return True
@@ -107,10 +126,11 @@ class Parking:
             self._raise_pending()
         slot.reader = self
         self._slot = slot
-        self._task = trio.lowlevel.current_task()
-        return await trio.lowlevel.wait_task_rescheduled(self._abort)  # type: ignore[no-any-return]
+        self._waiting = True
+        return (yield self._trap).unwrap()  # type: ignore[no-any-return]
 
-    async def wait_writable(self, slot: Slot) -> bool:
+    @types.coroutine
+    def wait_writable(self, slot: Slot) -> Generator[Any, Any, bool]:
         """As `wait_readable`, for writing."""
         if slot.is_writable:
             return True
@@ -118,10 +138,11 @@ class Parking:
             self._raise_pending()
         slot.writer = self
         self._slot = slot
-        self._task = trio.lowlevel.current_task()
-        return await trio.lowlevel.wait_task_rescheduled(self._abort)  # type: ignore[no-any-return]
+        self._waiting = True
+        return (yield self._trap).unwrap()  # type: ignore[no-any-return]
 
-    async def wait_either(self, slot: Slot) -> bool:
+    @types.coroutine
+    def wait_either(self, slot: Slot) -> Generator[Any, Any, bool]:
         """Waits until `slot` may be read or written."""
         if slot.is_readable or slot.is_writable:
             return True
@@ -129,15 +150,16 @@ class Parking:
             self._raise_pending()
         slot.reader = slot.writer = self
         self._slot = slot
-        self._task = trio.lowlevel.current_task()
-        return await trio.lowlevel.wait_task_rescheduled(self._abort)  # type: ignore[no-any-return]
+        self._waiting = True
+        return (yield self._trap).unwrap()  # type: ignore[no-any-return]
 
-    async def wait_woken(self) -> bool:
+    @types.coroutine
+    def wait_woken(self) -> Generator[Any, Any, bool]:
         """Waits until somebody calls `wake` (True) or the deadline passes (False)."""
         if self._pending is not None:
             self._raise_pending()
-        self._task = trio.lowlevel.current_task()
-        return await trio.lowlevel.wait_task_rescheduled(self._abort)  # type: ignore[no-any-return]
+        self._waiting = True
+        return (yield self._trap).unwrap()  # type: ignore[no-any-return]
 
     async def sleep(self, seconds: float) -> None:
         """Sleeps exactly, unlike the swept deadline; can be interrupted."""
@@ -163,26 +185,21 @@ class Parking:
 
     def wake(self) -> None:
         """Ends the wait with True; nothing when nobody waits."""
-        task = self._task
-        if task is not None:
+        if self._waiting:
+            self._waiting = False
             slot = self._slot
             if slot is not None:
                 self._slot = None
-                if slot.reader is self:
-                    slot.reader = None
-                if slot.writer is self:
-                    slot.writer = None
-            self._task = None
-            trio.lowlevel.reschedule(task, _READY)
+                slot.reader = None
+                slot.writer = None
+            reschedule(self._task, _READY)
 
     def interrupt(self, error: BaseException) -> None:
         """Raises `error` in the waiting task, or at its next wait when it does not wait now."""
-        task = self._task
-        if task is not None:
+        if self._waiting:
             self._leave_slot()
-            self._task = None
             raised: Any = _Raised(error)
-            trio.lowlevel.reschedule(task, raised)
+            reschedule(self._task, raised)
             return
         self._pending = error
         if self._scope is not None:
@@ -200,12 +217,9 @@ class Parking:
             self.gone_deadline_s = math.inf
             if self.on_gone is not None:
                 self.on_gone()
-        if now >= self.deadline_s:
-            task = self._task
-            if task is not None:
-                self._leave_slot()
-                self._task = None
-                trio.lowlevel.reschedule(task, _EXPIRED)
+        if now >= self.deadline_s and self._waiting:
+            self._leave_slot()
+            reschedule(self._task, _EXPIRED)
 
     def _raise_pending(self) -> None:
         error = self._pending
@@ -214,17 +228,16 @@ class Parking:
         raise error
 
     def _leave_slot(self) -> None:
+        self._waiting = False
         slot = self._slot
         if slot is not None:
+            # One connection has one user at a time, so whoever waits on the slot is this parking.
             self._slot = None
-            if slot.reader is self:
-                slot.reader = None
-            if slot.writer is self:
-                slot.writer = None
+            slot.reader = None
+            slot.writer = None
 
     def _aborted(self, raise_cancel: object) -> trio.lowlevel.Abort:
         self._leave_slot()
-        self._task = None
         return trio.lowlevel.Abort.SUCCEEDED
 
 

@@ -7,6 +7,7 @@ second task. Owns connections and the order of their requests (HTTP-1). Never lo
 from __future__ import annotations
 
 import errno
+import math
 import socket
 import ssl
 from collections.abc import Awaitable, Callable, Sequence
@@ -134,39 +135,46 @@ class Server:
             if isinstance(connection, TlsConnection):
                 exchange.parking.deadline_s = self._readiness.now_s + self._limits.header_read_timeout_s
                 await connection.handshake(exchange.parking)
-            while await self._serve_one(exchange):
-                pass
+            await self._serve(exchange)
         except (ClientGone, ConnectionLost, DeadlinePassed, ShuttingDown):
             pass  # the client is gone, or was told as far as that was possible
         finally:
             del self._exchanges[exchange]
             exchange.close()
 
-    async def _serve_one(self, exchange: Exchange) -> bool:
-        """Reads and serves one request; whether another may follow."""
-        try:
-            head = await self._read_head(exchange)
-        except GatewayError as error:
-            self._begin(exchange, _unreadable())
-            exchange.keep_alive = False
-            await self._refuse(exchange, error)
-            await exchange.end()
-            return False
-        if head is None:
-            return False
-        self._begin(exchange, head)
-        try:
-            await self._handle(exchange)
-        except GatewayError as error:
-            await self._answer_error(exchange, error)
-        except (ClientGone, ShuttingDown):
-            raise
-        except Exception as error:
-            self._report(exchange, error)
-            await self._answer_error(
-                exchange, GatewayError(500, "internal_error", "internal error of the gateway")
-            )
-        return await exchange.end()
+    async def _serve(self, exchange: Exchange) -> None:
+        """Reads and serves requests until the connection ends."""
+        handle = self._handle
+        reader = exchange.reader
+        readiness = self._readiness
+        may_go_on = True
+        while may_go_on:
+            try:
+                head = reader.next_head() or await self._read_head(exchange)
+            except GatewayError as error:
+                exchange.begin(_unreadable(), readiness.now_s, self._date_line, self._is_draining)
+                await self._refuse(exchange, error)
+                break
+            if head is None:
+                return
+            exchange.begin(head, readiness.now_s, self._date_line, self._is_draining)
+            try:
+                await handle(exchange)
+            except ClientGone:
+                raise
+            except ShuttingDown:
+                if exchange.has_begun_answer:
+                    raise
+                await self._answer_error(exchange, _shutting_down())
+            except GatewayError as error:
+                await self._answer_error(exchange, error)
+            except Exception as error:
+                self._report(exchange, error)
+                await self._answer_error(
+                    exchange, GatewayError(500, "internal_error", "internal error of the gateway")
+                )
+            may_go_on = exchange.end()
+        await exchange.shed()
 
     async def _answer_error(self, exchange: Exchange, error: GatewayError) -> None:
         if exchange.has_begun_answer:
@@ -176,44 +184,48 @@ class Server:
             exchange.keep_alive = False
         await self._refuse(exchange, error)
 
-    def _begin(self, exchange: Exchange, head: RequestHead) -> None:
-        exchange.begin(head, trio.current_time(), self._date_line, self._is_draining)
-
     async def _read_head(self, exchange: Exchange) -> RequestHead | None:
         """The next head; None when the client is done. Raises `GatewayError` for heads that cannot be served."""
         reader = exchange.reader
-        if reader.has_input:
-            head = reader.next_head()
-            if head is not None:
-                return head
-        is_first = exchange.head is NO_HEAD
-        wait_s = self._limits.header_read_timeout_s if is_first else self._limits.idle_timeout_s
-        until_s = self._readiness.now_s + wait_s
+        limits = self._limits
+        readiness = self._readiness
         parking = exchange.parking
+        connection = exchange.connection
+        slot = connection.slot
+        is_first = exchange.head is NO_HEAD
         if self._is_draining and not reader.has_input and not is_first:
             return None
+        until_s = readiness.now_s + (limits.header_read_timeout_s if is_first else limits.idle_timeout_s)
         while True:
             if reader.has_input:
                 # The head has begun: its own time runs from the first byte, however slowly it drips (HTTP-7).
-                until_s = min(until_s, self._readiness.now_s + self._limits.header_read_timeout_s)
+                until_s = min(until_s, readiness.now_s + limits.header_read_timeout_s)
             parking.deadline_s = until_s
-            try:
-                data = await exchange.connection.receive(parking)
-            except DeadlinePassed:
+            if not slot.is_readable and not await parking.wait_readable(slot):
                 if reader.has_input:
                     raise GatewayError(
-                        408, "request_timeout", "the request head did not come in time"
-                    ) from None
+                        408, "request_timeout", "the request head did not come in time", is_closing=True
+                    )
                 return None
+            data = connection.receive_nowait()
+            if data is None:
+                continue
             if not data:
                 return None
             reader.feed(data)
             head = reader.next_head()
             if head is not None:
+                parking.deadline_s = math.inf
                 return head
 
     def _tick(self, now: float) -> None:
         self._date_line = b"date: " + formatdate(usegmt=True).encode() + b"\r\n"
+
+
+def _shutting_down() -> GatewayError:
+    return GatewayError(
+        503, "no_available_workers", "the gateway is shutting down", retry_after_s=1, is_closing=True
+    )
 
 
 def _unreadable() -> RequestHead:

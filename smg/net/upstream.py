@@ -8,10 +8,13 @@ client's side.
 from __future__ import annotations
 
 import httptools
+import trio
 
 from smg.errors import UpstreamError
 from smg.net.connection import Connection, ConnectionLost, DeadlinePassed
 from smg.net.readiness import Parking
+
+_PARSER_ERRORS = (httptools.HttpParserError, httptools.HttpParserUpgrade, ValueError)
 
 ANSWER_HEAD_BYTES_MAX = 256 << 10  # engines send a few hundred bytes; more is a fault, not an answer
 JOINED_BYTES_MAX = (
@@ -23,23 +26,24 @@ class Upstream:
     """A connection to a worker with the answer being read on it.
 
     After `send` and `read_head`: `status`, `headers` (lower-case name, value) and `length` (None: chunked or until
-    close). Body pieces collect in `pieces`; the reader takes them with `take`. `is_complete` tells that the body has
+    close) and `content_type` (empty without one). Body pieces collect in `pieces`; the reader takes them with `take`. `is_complete` tells that the body has
     ended, `may_be_reused` then tells whether the connection may serve another request.
     """
 
     __slots__ = (
-        "_head_bytes",
-        "_is_head_done",
         "_is_head_request",
         "_parser",
+        "_unsent",
         "connection",
+        "content_type",
         "headers",
         "idle_since_s",
+        "is_chunked",
         "is_complete",
         "is_fresh",
+        "is_head_done",
         "length",
         "may_be_reused",
-        "on_closed",
         "pieces",
         "received_bytes",
         "status",
@@ -52,6 +56,7 @@ class Upstream:
         self.idle_since_s = 0.0
         self.is_fresh = True
         self._is_head_request = False
+        self._unsent = b""
         self._begin()
 
     def _begin(self) -> None:
@@ -59,12 +64,55 @@ class Upstream:
         self.headers: list[tuple[bytes, bytes]] = []
         self.pieces: list[bytes] = []
         self.length: int | None = None
+        self.content_type = b""
+        self.is_chunked = False
         self.is_complete = False
         self.may_be_reused = False
         self.was_sent = False
         self.received_bytes = 0
-        self._is_head_done = False
-        self._head_bytes = 0
+        self.is_head_done = False
+
+    def send_nowait(self, head: bytes, body: bytes) -> bool:
+        """Begins a request as `send` does, when the kernel takes all of it at once: True.
+
+        False: not all was sent, or the connection is lost; `send` is to be called and goes on, or finds out.
+        """
+        if len(body) > JOINED_BYTES_MAX:
+            return False
+        self._begin()
+        self._is_head_request = False
+        data = head + body if body else head
+        try:
+            sent = self.connection.send_nowait(data)
+        except ConnectionLost:
+            return False
+        if sent != len(data):
+            self._unsent = data[sent:] if sent else b""
+            return False
+        self.was_sent = True
+        return True
+
+    def receive_nowait(self) -> None:
+        """Reads what is there into the answer. Raises `UpstreamError` reset before the head, broken_stream after."""
+        try:
+            data = self.connection.receive_nowait()
+        except ConnectionLost:
+            raise self._broken("connection lost") from None
+        if data:
+            self.received_bytes += len(data)
+            try:
+                self._parser.feed_data(data)
+            except _PARSER_ERRORS:
+                self._unparsed()
+            if not self.is_head_done and self.received_bytes > ANSWER_HEAD_BYTES_MAX:
+                raise UpstreamError(UpstreamError.RESET, "answer head is too large", was_sent=True)
+        elif data is None:
+            return
+        elif self.is_head_done and self._reads_until_close():
+            self.is_complete = True
+            self.may_be_reused = False
+        else:
+            raise self._broken("closed")
 
     async def send(
         self, parking: Parking, head: bytes, body: bytes, *, is_head_request: bool = False
@@ -74,10 +122,18 @@ class Upstream:
         A worker that answers before it has read the whole body (413, say) is heard: sending stops and `read_head`
         gives its answer.
         """
-        self._begin()
-        self._is_head_request = is_head_request
         connection = self.connection
+        unsent = self._unsent
+        if unsent:
+            self._unsent = b""
+        else:
+            self._begin()
+        self._is_head_request = is_head_request
         try:
+            if unsent:
+                self.was_sent = True
+                await self._send_rest(parking, memoryview(unsent))
+                return
             if len(body) <= JOINED_BYTES_MAX:
                 data = head + body if body else head
                 sent = connection.send_nowait(data)
@@ -105,53 +161,30 @@ class Upstream:
 
     async def read_head(self, parking: Parking) -> None:
         """Waits for the answer's head (and whatever body came with it). Raises `UpstreamError` reset or timeout."""
-        connection = self.connection
-        while not self._is_head_done:
-            try:
-                data = await connection.receive(parking)
-            except ConnectionLost:
-                raise UpstreamError(
-                    UpstreamError.RESET, "connection lost before the answer", was_sent=True
-                ) from None
-            except DeadlinePassed:
-                raise UpstreamError(
-                    UpstreamError.TIMEOUT, "no answer within the timeout", was_sent=True
-                ) from None
-            if not data:
-                raise UpstreamError(UpstreamError.RESET, "closed before the answer", was_sent=True)
-            self._head_bytes += len(data)
-            self._feed(data, UpstreamError.RESET)
-            if not self._is_head_done and self._head_bytes > ANSWER_HEAD_BYTES_MAX:
-                raise UpstreamError(UpstreamError.RESET, "answer head is too large", was_sent=True)
+        slot = self.connection.slot
+        while not self.is_head_done:
+            if not slot.is_readable and not await parking.wait_readable(slot):
+                raise UpstreamError(UpstreamError.TIMEOUT, "no answer within the timeout", was_sent=True)
+            self.receive_nowait()
 
     async def read_more(self, parking: Parking) -> None:
         """Waits for more of the body. Raises `UpstreamError` broken_stream, and `DeadlinePassed` as it is.
 
-        Also called when `is_complete` is False only; afterwards `pieces` may still be empty.
+        Called only while `is_complete` is False; afterwards `pieces` may still be empty.
         """
-        try:
-            data = await self.connection.receive(parking)
-        except ConnectionLost:
-            raise UpstreamError(
-                UpstreamError.BROKEN_STREAM, "connection lost inside the answer", was_sent=True
-            ) from None
-        if data:
-            self._feed(data, UpstreamError.BROKEN_STREAM)
-        elif self._reads_until_close():
-            self.is_complete = True
-            self.may_be_reused = False
-        else:
-            raise UpstreamError(UpstreamError.BROKEN_STREAM, "closed inside the answer", was_sent=True)
+        slot = self.connection.slot
+        if slot.is_readable:
+            # Read without waiting: let the others run, or one fast worker starves the loop.
+            await trio.lowlevel.checkpoint()
+        elif not await parking.wait_readable(slot):
+            raise DeadlinePassed
+        self.receive_nowait()
 
     def take(self) -> bytes:
         """The body bytes since the last call, joined."""
         pieces = self.pieces
-        if len(pieces) == 1:
-            data = pieces[0]
-            pieces.clear()
-            return data
         self.pieces = []
-        return b"".join(pieces)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def close(self) -> None:
         """Closes the connection; the worker sees it and aborts what it still computes."""
@@ -182,15 +215,16 @@ class Upstream:
         if status < 200:
             return
         self.status = status
-        self._is_head_done = True
-        length: int | None = None
+        self.is_head_done = True
+        length = None
         for name, value in self.headers:
             if name == b"content-length":
                 length = int(value)
+            elif name == b"content-type":
+                self.content_type = value
             elif name == b"transfer-encoding":
-                length = None
-                break
-        self.length = length
+                self.is_chunked = True
+        self.length = None if self.is_chunked else length
         if self._is_head_request:
             self.is_complete = True
 
@@ -208,18 +242,19 @@ class Upstream:
             # A HEAD answer leaves the parser waiting for a body: only a regular end allows another request.
             self.may_be_reused = self._parser.should_keep_alive()
 
-    def _feed(self, data: bytes, kind: str) -> None:
-        self.received_bytes += len(data)
-        try:
-            self._parser.feed_data(data)
-        except (httptools.HttpParserError, httptools.HttpParserUpgrade, ValueError):
-            if self.is_complete:
-                self.may_be_reused = False
-                return
-            raise UpstreamError(kind, "worker broke the HTTP protocol", was_sent=True) from None
+    def _unparsed(self) -> None:
+        """The worker sent what is not HTTP: after the end of the answer only the connection is lost."""
+        if not self.is_complete:
+            raise self._broken("worker broke the HTTP protocol") from None
+        self.may_be_reused = False
+
+    def _broken(self, what: str) -> UpstreamError:
+        if self.is_head_done:
+            return UpstreamError(UpstreamError.BROKEN_STREAM, f"{what} inside the answer", was_sent=True)
+        return UpstreamError(UpstreamError.RESET, f"{what} before the answer", was_sent=True)
 
     def _reads_until_close(self) -> bool:
-        return self.length is None and not any(name == b"transfer-encoding" for name, _ in self.headers)
+        return self.length is None and not self.is_chunked
 
     async def _send_rest(self, parking: Parking, view: memoryview) -> None:
         connection = self.connection
@@ -236,11 +271,9 @@ class Upstream:
             if not await parking.wait_either(slot):
                 raise DeadlinePassed
             if slot.is_readable and not slot.is_writable:
-                data = connection.receive_nowait()
-                if data is not None:
-                    if not data:
-                        raise ConnectionLost
-                    self._feed(data, UpstreamError.RESET)
+                before = self.received_bytes
+                self.receive_nowait()
+                if self.received_bytes != before:
                     self.may_be_reused = False
                     return
 

@@ -20,11 +20,14 @@ HEAD_BYTES_MAX = 1 << 20  # HTTP-6: above 1 MiB: 431
 HEAD_LINES_MAX = 256  # HTTP-6: above 256 lines: 431
 TARGET_BYTES_MAX = 64 << 10  # HTTP-6: above 64 KiB: 414
 CHUNK_LINE_BYTES_MAX = 16 << 10  # a chunk size line with its extensions; llhttp allows as much
-TRAILER_BYTES_MAX = 64 << 10  # trailers are dropped, so they need no more room than a head that must be accepted
+TRAILER_BYTES_MAX = (
+    64 << 10
+)  # trailers are dropped, so they need no more room than a head that must be accepted
 
 LENGTH_CHUNKED = -1
 
-_BAD_CHARACTERS = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n)|(?<!\r)\n")
+# bytes.translate deletes these; what is left are control characters. Ten times cheaper than a regular expression.
+_NOT_CONTROL = bytes(byte for byte in range(256) if byte in b"\t\r\n" or 32 <= byte != 127)
 _SIZE_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?")
 _TRAILER_LINE = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[^\x00-\x08\x0a-\x1f\x7f]*")
 
@@ -41,9 +44,20 @@ class RequestHead:
     `length` is the body's length in bytes, 0 without a body, `LENGTH_CHUNKED` for a chunked one.
     """
 
-    __slots__ = ("expects_continue", "fields", "headers", "is_http10", "keep_alive", "length", "method", "target")
+    __slots__ = (
+        "expects_continue",
+        "fields",
+        "headers",
+        "is_http10",
+        "keep_alive",
+        "length",
+        "method",
+        "target",
+    )
 
-    def __init__(self, method: bytes, target: bytes, headers: list[tuple[bytes, bytes]], is_http10: bool) -> None:
+    def __init__(
+        self, method: bytes, target: bytes, headers: list[tuple[bytes, bytes]], is_http10: bool
+    ) -> None:
         self.method = method
         self.target = target
         self.headers = headers
@@ -97,6 +111,24 @@ class RequestReader:
         self._input = data[bytes_max:]
         return data[:bytes_max]
 
+    def take_whole(self, length: int) -> bytes | None:
+        """A body of known length, taken and shown to the parser, when all of it is here; else None, nothing taken."""
+        data = self._input
+        if len(data) < length or length < 0:
+            return None
+        if len(data) == length:
+            self._input = b""
+        else:
+            self._input = data[length:]
+            data = data[:length]
+        parser = self._parser
+        if parser is not None:
+            try:
+                parser.feed_data(data)
+            except httptools.HttpParserError:
+                self._parser = None
+        return data
+
     def give_back(self, data: bytes) -> None:
         """Puts bytes after a chunked body's end back in front of the input."""
         self._input = data + self._input
@@ -131,8 +163,10 @@ class RequestReader:
         head = data[:end]
         self._input = data[end:]
         if end > HEAD_BYTES_MAX or head.count(b"\n") > HEAD_LINES_MAX + 2:
-            raise bad_request(f"request head is larger than {HEAD_BYTES_MAX} bytes or {HEAD_LINES_MAX} lines", status=431)
-        if _BAD_CHARACTERS.search(head) is not None:
+            raise bad_request(
+                f"request head is larger than {HEAD_BYTES_MAX} bytes or {HEAD_LINES_MAX} lines", status=431
+            )
+        if not _is_clean(head):
             raise bad_request("request head contains a control character or a bare CR or LF")
         return self._parse(head)
 
@@ -140,7 +174,8 @@ class RequestReader:
         parser = self._parser
         if parser is None:
             parser = self._parser = httptools.HttpRequestParser(self)
-        self._headers = headers = []
+        headers: list[tuple[bytes, bytes]] = []
+        self._headers = headers
         self._target = b""
         try:
             parser.feed_data(head)
@@ -167,9 +202,17 @@ class RequestReader:
         if data.count(b"\n") > HEAD_LINES_MAX + 2:
             raise bad_request(f"request head has more than {HEAD_LINES_MAX} lines", status=431)
         whole = data[start : len(data) - 1] if data.endswith(b"\r") else data[start:]
-        if _BAD_CHARACTERS.search(whole) is not None:
+        if whole.startswith(b"\n"):
+            whole = whole[1:]  # its CR was looked at in the last round
+        if not _is_clean(whole):
             raise bad_request("request head contains a control character or a bare CR or LF")
         self._scanned = max(0, len(data) - 3)
+
+
+def _is_clean(text: bytes) -> bool:
+    """Whether a piece of a head has no control character and no CR or LF alone."""
+    ends = text.count(b"\r\n")
+    return text.count(b"\n") == ends == text.count(b"\r") and not text.translate(None, _NOT_CONTROL)
 
 
 def _without_leading_line_ends(data: bytes) -> bytes:
@@ -224,7 +267,16 @@ class ChunkedDecoder:
     undefined then.
     """
 
-    __slots__ = ("_buffer", "_left", "_state", "_trailer_bytes", "decoded_bytes", "is_complete", "pieces", "rest")
+    __slots__ = (
+        "_buffer",
+        "_left",
+        "_state",
+        "_trailer_bytes",
+        "decoded_bytes",
+        "is_complete",
+        "pieces",
+        "rest",
+    )
 
     _SIZE, _DATA, _DATA_END, _TRAILER = range(4)
 
