@@ -193,14 +193,14 @@ class TokenLength:
 
 
 class CacheCapacity:
-    """The learned capacity of one worker's prefix cache, in blocks of the index.
+    """The learned capacity of one worker's prefix cache, in tokens.
 
     Every minute, or after enough answers, predicted and actual cached tokens are compared. Fewer than
     predicted: the worker forgets sooner than we thought, the bound shrinks by a tenth. As many: it
     grows by 2 %, if the bound is what keeps the index from claiming more.
     """
 
-    __slots__ = ("_actual", "_answers", "_predicted", "_since_s", "blocks")
+    __slots__ = ("_actual", "_answers", "_predicted", "_since_s", "tokens")
 
     PERIOD_S = 60.0
     ANSWERS = 64
@@ -208,40 +208,40 @@ class CacheCapacity:
     ANSWERS_MIN = 8
     TOLERANCE = 0.05
     """Share of predicted tokens that may be missing: engines cache in blocks of their own."""
-    BLOCKS_MIN = 32
+    TOKENS_MIN = 4_096
 
-    def __init__(self, blocks: int) -> None:
-        self.blocks = max(blocks, self.BLOCKS_MIN)
+    def __init__(self, tokens: float) -> None:
+        self.tokens = max(float(tokens), float(self.TOKENS_MIN))
         self._predicted = 0
         self._actual = 0
         self._answers = 0
         self._since_s: float | None = None
 
-    def observe(self, predicted_tokens: int, actual_tokens: int, used_blocks: int, now: float) -> int | None:
-        """An answer told its cached tokens. The new capacity when it changes, else None.
+    def observe(self, predicted_tokens: int, actual_tokens: int, claimed_tokens: float, now: float) -> bool:
+        """An answer told its cached tokens; whether the capacity changed.
 
-        `used_blocks` are the blocks that the index claims for this worker now. Only claims can be
-        wrong, so answers with nothing predicted do not count.
+        `claimed_tokens` are all that the index claims for this worker now. Only claims can be wrong,
+        so answers with nothing predicted do not count.
         """
         if predicted_tokens <= 0:
-            return None
+            return False
         if self._since_s is None:
             self._since_s = now
         self._predicted += predicted_tokens
         self._actual += min(actual_tokens, predicted_tokens)
         self._answers += 1
         if self._answers < self.ANSWERS and now - self._since_s < self.PERIOD_S:
-            return None
-        before = self.blocks
+            return False
+        before = self.tokens
         if self._answers >= self.ANSWERS_MIN:
             if self._actual < (1.0 - self.TOLERANCE) * self._predicted:
                 # From what is claimed, not from a bound that was never reached.
-                self.blocks = max(self.BLOCKS_MIN, min(self.blocks, used_blocks) * 9 // 10)
-            elif used_blocks >= self.blocks * 9 // 10:
-                self.blocks += max(1, self.blocks // 50)
+                self.tokens = max(float(self.TOKENS_MIN), 0.9 * min(self.tokens, claimed_tokens))
+            elif claimed_tokens >= 0.9 * self.tokens:
+                self.tokens *= 1.02
         self._predicted = self._actual = self._answers = 0
         self._since_s = now
-        return self.blocks if self.blocks != before else None
+        return self.tokens != before
 
 
 def _clamped(value: float, bounds: tuple[float, float]) -> float:

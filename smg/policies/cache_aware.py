@@ -97,6 +97,8 @@ class CacheAware:
         match = self._index.match(question.blocks)
         cached = cached_tokens(question, match.depth_of(self._index.bits_of(worker.id)))
         account = self._prices.account(worker)
+        if account.capacity is None:
+            self._measure(account, worker, question)
         seconds = account.fit.seconds(question.tokens - cached, cached)
         request = Open(seconds, now, call.is_stream, cached, question)
         self._open[(id(call), worker.id)] = request
@@ -129,9 +131,13 @@ class CacheAware:
             self._learn(worker.id, account, request, outcome, now)
 
     def removed(self, worker: Worker) -> None:
-        """The worker left, failed or flushed: it owns nothing, and its account is closed."""
+        """The worker left: it owns nothing, and its account is closed."""
         self._index.forget(worker.id)
         self._prices.close(worker.id)
+
+    def flushed(self, worker: Worker) -> None:
+        """The worker's cache is empty. What is in flight there still costs its seconds."""
+        self._index.forget(worker.id)
 
     def terms(self, call: Call, workers: Sequence[Worker], now: float, rng: Random) -> list[Terms]:
         """What every candidate costs, by the arithmetic of `choose`; changes nothing."""
@@ -229,6 +235,20 @@ class CacheAware:
 
     # -- learning ------------------------------------------------------------------------------
 
+    def _measure(self, account: Account, worker: Worker, question: Question) -> None:
+        """Start the learned size of a worker's cache from what its engine tells, if it does."""
+        report = worker.report
+        if report is not None and report.kv_capacity_tokens:
+            account.capacity = CacheCapacity(report.kv_capacity_tokens)
+            self._resize(account, worker.id, question)
+
+    def _resize(self, account: Account, worker_id: str, question: Question) -> None:
+        """Fit the index to the cache: also when a token turned out to have another length."""
+        if account.capacity is not None:
+            blocks = int(account.capacity.tokens / question.block_tokens)
+            if abs(blocks - self._index.capacity_of(worker_id)) > blocks >> 6:
+                self._index.set_capacity(worker_id, blocks)
+
     def _learn(self, worker_id: str, account: Account, request: Open, outcome: Outcome, now: float) -> None:
         prices, question = self._prices, request.question
         if request.is_stream and outcome.ttft_s is not None:
@@ -249,11 +269,10 @@ class CacheAware:
             return
         if predicted:
             if account.capacity is None:
-                account.capacity = CacheCapacity(self._index.capacity_of(worker_id))
-            used = self._index.blocks_of(worker_id)
-            blocks = account.capacity.observe(predicted, cached, used, now)
-            if blocks is not None:
-                self._index.set_capacity(worker_id, blocks)
+                account.capacity = CacheCapacity(self._index.capacity_of(worker_id) * question.block_tokens)
+            claimed = self._index.blocks_of(worker_id) * question.block_tokens
+            account.capacity.observe(predicted, cached, claimed, now)
+            self._resize(account, worker_id, question)
         elif question.blocks and prices.sigma() > 0.0:
             # Nothing was known of this session here: how much did a worker hold that a peer had chosen?
             share = min(1.0, cached / max(1.0, len(question.blocks) * question.block_tokens))

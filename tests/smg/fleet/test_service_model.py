@@ -131,38 +131,47 @@ def test_characters_per_token_are_learned_and_images_are_not_believed():
 
 
 def test_capacity_shrinks_by_a_tenth_when_the_worker_had_less_than_claimed():
-    capacity = CacheCapacity(1_000)
-    news = [capacity.observe(1_000, 500, 1_000, float(second)) for second in range(0, 62, 2)]
-    assert [new for new in news if new] == [900]
+    capacity = CacheCapacity(500_000)
+    changes = [capacity.observe(1_000, 500, 500_000, float(second)) for second in range(0, 62, 2)]
+    assert sum(changes) == 1
+    assert capacity.tokens == 450_000
 
 
 def test_a_busy_worker_is_learned_before_the_minute_is_over():
-    capacity = CacheCapacity(1_000)
-    news = [capacity.observe(1_000, 0, 1_000, 0.001 * number) for number in range(CacheCapacity.ANSWERS)]
-    assert news[-1] == 900
+    capacity = CacheCapacity(500_000)
+    changes = [capacity.observe(1_000, 0, 500_000, 0.001 * number) for number in range(CacheCapacity.ANSWERS)]
+    assert changes[-1]
+    assert capacity.tokens == 450_000
+
+
+def test_a_bound_that_was_never_reached_shrinks_from_what_was_claimed():
+    capacity = CacheCapacity(8_000_000)
+    for number in range(CacheCapacity.ANSWERS):
+        capacity.observe(1_000, 0, 500_000, 0.001 * number)
+    assert capacity.tokens == 450_000
 
 
 def test_capacity_grows_by_a_fiftieth_while_its_bound_is_reached_and_claims_hold():
-    capacity = CacheCapacity(1_000)
+    capacity = CacheCapacity(500_000)
     for number in range(CacheCapacity.ANSWERS):
-        capacity.observe(1_000, 1_000, 990, 0.001 * number)
-    assert capacity.blocks == 1_020
+        capacity.observe(1_000, 1_000, 495_000, 0.001 * number)
+    assert capacity.tokens == 510_000
     for number in range(CacheCapacity.ANSWERS):
-        capacity.observe(1_000, 1_000, 300, 0.001 * number)
-    assert capacity.blocks == 1_020
+        capacity.observe(1_000, 1_000, 150_000, 0.001 * number)
+    assert capacity.tokens == 510_000
 
 
 def test_answers_without_a_claim_and_single_answers_teach_nothing():
-    capacity = CacheCapacity(1_000)
+    capacity = CacheCapacity(500_000)
     for second in range(200):
-        assert capacity.observe(0, 0, 1_000, float(second)) is None
-    capacity.observe(1_000, 0, 1_000, 300.0)
-    assert capacity.observe(1_000, 0, 1_000, 400.0) is None
-    assert capacity.blocks == 1_000
+        assert not capacity.observe(0, 0, 500_000, float(second))
+    capacity.observe(1_000, 0, 500_000, 300.0)
+    assert not capacity.observe(1_000, 0, 500_000, 400.0)
+    assert capacity.tokens == 500_000
 
 
 def test_capacity_never_falls_to_nothing():
-    capacity = CacheCapacity(100)
+    capacity = CacheCapacity(100_000)
     for number in range(10_000):
-        capacity.observe(1_000, 0, capacity.blocks, 0.01 * number)
-    assert capacity.blocks == CacheCapacity.BLOCKS_MIN
+        capacity.observe(1_000, 0, capacity.tokens, 0.01 * number)
+    assert capacity.tokens == CacheCapacity.TOKENS_MIN
