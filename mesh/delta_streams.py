@@ -65,10 +65,11 @@ class DeltaStreams:
         self.due = math.inf
         self.snapshots = Snapshots(home)
         self._dead: set[str] = set()
-        """Owners whose present life is dead; a subset of `lives`."""
+        """Owners whose latest life is dead; a subset of `lives`."""
         self._asked: dict[Source, float] = {}
         self._encoded: tuple[tuple[object, ...], Frame, int] | None = None
         self._own = self._log((home.name, self.life))
+        self.lives[home.name] = self.life
 
     # ---- what users do ----------------------------------------------------------------------------------
 
@@ -106,7 +107,6 @@ class DeltaStreams:
 
     def _log(self, source: Source) -> StreamLog:
         log = self.logs[source] = StreamLog(*source)
-        self.lives[source[0]] = source[1]
         return log
 
     def outrank(self, life: int, now: float) -> None:
@@ -282,18 +282,21 @@ class DeltaStreams:
                 # The user's state is behind our position; a snapshot would promise more than it holds.
                 self.home.when_told(link.wake)
                 return None
-            source, key = self.snapshots.requests.pop(peer)
-            log = self.logs.get(source)
+            want = self.snapshots.requests.pop(peer)
+            log = self.logs.get((want.owner, want.life))
             if log is None:
                 return None
-            chunks = None if self.source is None else self.source.snapshot(source[0], key)
+            chunks = None if self.source is None else self.source.snapshot(want.owner, want.key)
             if chunks is None:
-                return encode_body(Snap(self.name, *source, key, log.first - 1, LOST, 0, b""))
-            self.snapshots.outbound[peer] = Outbound(source, key, log.have, chunks)
+                at = log.first - 1
+                return encode_body(
+                    Snap(self.name, want.owner, want.life, want.key, want.ticket, at, LOST, 0, b"")
+                )
+            self.snapshots.outbound[peer] = Outbound(want, log.have, chunks)
         session = self.snapshots.outbound.get(peer)
         if session is None or now < self.snapshots.pace_s:
             return None
-        snap = session.next_snap(self.name)
+        snap = session.next_snap()
         self.snapshots.spend(len(snap.chunk), now)
         if snap.flags & LAST:
             del self.snapshots.outbound[peer]
@@ -347,16 +350,25 @@ class DeltaStreams:
 
     def _begin(self, source: Source) -> StreamLog:
         """The first word of a life; the former one is over."""
-        former = self.lives.get(source[0])
-        if former is not None:
-            self._drop((source[0], former))
-            self.home.tell(Restarted(self.name, source[0]))
-        return self._log(source)
+        self._heard_of(source)
+        return self.logs.get(source) or self._log(source)
+
+    def _heard_of(self, source: Source) -> None:
+        """Raise the owner's latest life; the former one is over, its positions are of no more use to anyone."""
+        owner, life = source
+        former = self.lives.get(owner, -1)
+        if life <= former:
+            return
+        if len(self.lives) >= 2 * self.home.settings.owners_max:
+            self.lives = {o: n for o, n in self.lives.items() if (o, n) in self.logs}
+        self.lives[owner] = life
+        self._dead.discard(owner)
+        if (owner, former) in self.logs:
+            self._drop((owner, former))
+            self.home.tell(Restarted(self.name, owner))
 
     def _drop(self, source: Source) -> None:
         self.bytes -= self.logs.pop(source).bytes
-        self.lives.pop(source[0], None)
-        self._dead.discard(source[0])
         self.fresh.pop(source, None)
         self._forget_everywhere(source)
 
@@ -373,11 +385,11 @@ class DeltaStreams:
         self._fetch(now)
 
     def _fetch(self, now: float) -> None:
-        begun = self.snapshots.start(now)
+        begun = self.snapshots.start(self.name, now)
         if begun is not None:
-            peer, (source, key) = begun
+            peer, want = begun
             link = self.home.links[peer][self.name]
-            link.snap_want = SnapWant(self.name, *source, key)
+            link.snap_want = want
             link.wake()
 
     def receive_snap(self, link: Link, snap: Snap, now: float) -> None:
@@ -396,14 +408,21 @@ class DeltaStreams:
             if not is_last:
                 return
         self.snapshots.inbound = None
-        if snap.key is None and snap.at > log.have:
-            self.bytes -= log.bytes
-            log.jump(snap.at)
-            if self.home.is_relay:
-                self.touch(source, now)
+        self._jump(log, snap)
+        if self.home.is_relay:
+            self.touch(source, now)
         self._asked.pop(source, None)
         self._ask(link, source, log.have, now)
         self._fetch(now)
+
+    def _jump(self, log: StreamLog, snap: Snap) -> None:
+        """Go on after the snapshot: forward over what it holds, and back to what it may lack, because deltas from a
+        faster path were delivered before it and its first chunk has undone them."""
+        is_forward = snap.key is None and snap.at > log.have
+        is_back = snap.at < log.have and not snap.flags & LOST
+        if is_forward or is_back:
+            self.bytes -= log.bytes
+            log.jump(snap.at)
 
     # ---- owners -----------------------------------------------------------------------------------------
 
@@ -414,7 +433,8 @@ class DeltaStreams:
 
     def owner_died(self, owner: str, life: int, now: float) -> None:
         """What it has announced stays true; from now on others may be asked for it."""
-        if self.lives.get(owner, life + 1) <= life:
+        self.owner_restarted(owner, life, now)
+        if owner != self.home.name and self.lives.get(owner, life + 1) <= life:
             self._dead.add(owner)
 
     def peer_up(self, peer: str) -> None:
@@ -422,7 +442,9 @@ class DeltaStreams:
         self._dead.discard(peer)
 
     def owner_restarted(self, owner: str, life: int, now: float) -> None:
-        """The new life says so itself with its first delta."""
+        """The former life is over."""
+        if owner != self.home.name and self.home.is_credible(life, now):
+            self._heard_of((owner, life))
 
     def owner_left(self, owner: str, life: int, now: float) -> None:
         """Nothing more will come from this life and earlier ones."""
@@ -431,8 +453,9 @@ class DeltaStreams:
         self.gone[owner] = max(life, self.gone.pop(owner, 0))
         while len(self.gone) > self.home.settings.owners_max:
             del self.gone[next(iter(self.gone))]
-        current = self.lives.get(owner)
-        if current is not None and current <= life:
+        self._dead.discard(owner)
+        current = self.lives.get(owner, life + 1)
+        if current <= life and (owner, current) in self.logs:
             self._drop((owner, current))
             self.home.tell(Ended(self.name, owner))
 

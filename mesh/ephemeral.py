@@ -90,6 +90,7 @@ class Ephemeral(OwnerMaps):
 
     def owner_died(self, owner: str, life: int, now: float) -> None:
         """Its entries go at once. The log stays, so that late relays are not taken for news."""
+        super().owner_died(owner, life, now)
         for (name, of_life), log in self.logs.items():
             if name == owner != self.home.name and of_life <= life:
                 for key in list(log.entries):

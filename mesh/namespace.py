@@ -166,7 +166,9 @@ class Restored(msgspec.Struct, frozen=True):
 
 
 class Restarted(msgspec.Struct, frozen=True):
-    """The origin of a stream began a new life; its sequence starts again at 1."""
+    """The origin of a stream began a new life; its sequence starts again at 1.
+
+    Its fingerprints start from nothing too. What it announced before may be kept apart, if it is still true."""
 
     namespace: str
     owner: str

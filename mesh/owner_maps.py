@@ -73,7 +73,7 @@ class OwnerMaps:
         self.life = home.life
         self.logs: dict[Source, OwnerLog] = {}
         self.lives: dict[str, int] = {}
-        """Current life of each owner."""
+        """The latest life heard of, per owner; only it is taken in (unless lives are kept), log or not."""
         self.gone: dict[str, int] = {}
         """Owners that left, with their last life: it and earlier ones are refused. Bounded by owners_max."""
         self.bytes = 0
@@ -117,13 +117,13 @@ class OwnerMaps:
     @property
     def own(self) -> OwnerLog:
         """This node's own log, made on first use."""
+        self.lives[self.home.name] = self.life
         return self._log((self.home.name, self.life), 0.0)
 
     def _log(self, source: Source, now: float) -> OwnerLog:
         log = self.logs.get(source)
         if log is None:
             log = self.logs[source] = OwnerLog(source[0], source[1], now)
-            self.lives[source[0]] = max(source[1], self.lives.get(source[0], 0))
         return log
 
     def write(self, key: bytes, value: bytes | None, now: float) -> None:
@@ -385,12 +385,21 @@ class OwnerMaps:
             self.touch(source, now)
 
     def _begin(self, source: Source, now: float) -> OwnerLog:
-        owner = source[0]
-        former = self.logs.get((owner, self.lives.get(owner, -1)))
-        log = self._log(source, now)
-        if former is not None and not self.keeps_lives:
-            self.retire(former, now)
-        return log
+        self._heard_of(source, now)
+        return self._log(source, now)
+
+    def _heard_of(self, source: Source, now: float) -> None:
+        """Raise the owner's latest life; the former one is over."""
+        owner, life = source
+        former = self.lives.get(owner, -1)
+        if life <= former or self.keeps_lives:
+            return
+        if len(self.lives) >= 2 * self.home.settings.owners_max:
+            self.lives = {o: n for o, n in self.lives.items() if (o, n) in self.logs}
+        self.lives[owner] = life
+        log = self.logs.get((owner, former))
+        if log is not None:
+            self.retire(log, now)
 
     def retire(self, former: OwnerLog, now: float) -> None:
         """A newer life of its owner is here."""
@@ -472,14 +481,13 @@ class OwnerMaps:
     # ---- owners -----------------------------------------------------------------------------------------
 
     def owner_died(self, owner: str, life: int, now: float) -> None:
-        """Nothing goes unless the rule says so."""
+        """Nothing goes unless the rule says so; but a life that died has lived, and ended the ones before."""
+        self.owner_restarted(owner, life, now)
 
     def owner_restarted(self, owner: str, life: int, now: float) -> None:
         """Begin the newer life, so that the former one's entries go in time even if it says nothing."""
-        if owner == self.home.name or self.keeps_lives or life <= self.lives.get(owner, life):
-            return
-        if self._is_welcome((owner, life), now):
-            self._begin((owner, life), now)
+        if owner != self.home.name and self.home.is_credible(life, now):
+            self._heard_of((owner, life), now)
 
     def owner_left(self, owner: str, life: int, now: float) -> None:
         """Drop this and earlier lives and refuse them from now on."""
@@ -502,8 +510,6 @@ class OwnerMaps:
         """Forget a source; what was alive in it is told as removed."""
         log = self.logs.pop(source)
         self.bytes -= log.bytes
-        if self.lives.get(source[0]) == source[1]:
-            del self.lives[source[0]]
         self.fresh.pop(source, None)
         forget_source(self.home, self.name, source)
         self.log_ends(log)

@@ -103,12 +103,14 @@ class WantKeys(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
 
 class SnapWant(msgspec.Struct, array_like=True, frozen=True, gc=False):
-    """Send a snapshot of this source, of one key or (nil) of all."""
+    """Send a snapshot of this source, of one key or (nil) of all. Its chunks carry the ticket, so that those of
+    an abandoned one are known as such."""
 
     namespace: NamespaceName
     owner: OwnerName
     life: U64
     key: Key | None
+    ticket: U64
 
 
 class Snap(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -118,6 +120,7 @@ class Snap(msgspec.Struct, array_like=True, frozen=True, gc=False):
     owner: OwnerName
     life: U64
     key: Key | None
+    ticket: U64
     at: U64
     flags: U64
     index: U64

@@ -26,23 +26,26 @@ Need = tuple[Source, bytes | None]
 class Outbound:
     """One snapshot on its way to a peer, one chunk read ahead so that the last is known as such."""
 
-    __slots__ = ("_chunks", "_next", "at", "index", "key", "source")
+    __slots__ = ("_chunks", "_next", "at", "index", "source", "want")
 
-    def __init__(self, source: Source, key: bytes | None, at: int, chunks: Iterator[bytes]) -> None:
-        self.source = source
-        self.key = key
+    def __init__(self, want: SnapWant, at: int, chunks: Iterator[bytes]) -> None:
+        self.want = want
+        self.source: Source = (want.owner, want.life)
         self.at = at
         self.index = 0
         self._chunks = chunks
         self._next = next(chunks, b"")
 
-    def next_snap(self, namespace: str) -> Snap:
+    def next_snap(self) -> Snap:
         """The next chunk as a body."""
         chunk = self._next
         assert len(chunk) <= VALUE_BYTES_MAX, "a snapshot chunk has at most VALUE_BYTES_MAX bytes"
         following = next(self._chunks, None)
         flags = (FIRST if self.index == 0 else 0) | (LAST if following is None else 0)
-        snap = Snap(namespace, *self.source, self.key, self.at, flags, self.index, chunk)
+        want = self.want
+        snap = Snap(
+            want.namespace, want.owner, want.life, want.key, want.ticket, self.at, flags, self.index, chunk
+        )
         self.index += 1
         self._next = following or b""
         return snap
@@ -51,10 +54,11 @@ class Outbound:
 class Inbound:
     """The one snapshot being fetched."""
 
-    __slots__ = ("key", "next_index", "peer", "source", "until_s")
+    __slots__ = ("key", "next_index", "peer", "source", "ticket", "until_s")
 
-    def __init__(self, need: Need, peer: str, until_s: float) -> None:
+    def __init__(self, need: Need, peer: str, ticket: int, until_s: float) -> None:
         self.source, self.key = need
+        self.ticket = ticket
         self.peer = peer
         self.next_index = 0
         self.until_s = until_s
@@ -68,7 +72,10 @@ class Snapshots:
         self.needs: dict[Need, str] = {}
         """What to fetch from whom, in order."""
         self.inbound: Inbound | None = None
-        self.requests: dict[str, Need] = {}
+        self._ticket = 0
+        self._tickets: dict[str, int] = {}
+        """The last ticket of each connected peer."""
+        self.requests: dict[str, SnapWant] = {}
         """Peers waiting to be served: one request each, the latest."""
         self.outbound: dict[str, Outbound] = {}
         self.pace_s = -math.inf
@@ -95,14 +102,16 @@ class Snapshots:
             return True
         return (source, None) in self.needs or (source, key) in self.needs
 
-    def start(self, now: float) -> tuple[str, Need] | None:
-        """Begin the next fetch if none is running: whom to ask for what."""
+    def start(self, namespace: str, now: float) -> tuple[str, SnapWant] | None:
+        """Begin the next fetch if none is running: whom to ask, and the question."""
         while self.inbound is None and self.needs:
             need = next(iter(self.needs))
             peer = self.needs.pop(need)
             if self._home.is_connected(peer):
-                self.inbound = Inbound(need, peer, now + self._home.settings.snapshot_idle_s)
-                return peer, need
+                self._ticket += 1
+                self.inbound = Inbound(need, peer, self._ticket, now + self._home.settings.snapshot_idle_s)
+                (owner, life), key = need
+                return peer, SnapWant(namespace, owner, life, key, self._ticket)
         return None
 
     def expire(self, now: float) -> None:
@@ -134,9 +143,12 @@ class Snapshots:
     # ---- serving ----------------------------------------------------------------------------------------
 
     def request(self, peer: str, want: SnapWant) -> None:
-        """A peer asks; what it asked before is void, it fetches one at a time."""
+        """A peer asks; what it asked before is void, it fetches one at a time and its tickets rise."""
+        if want.ticket <= self._tickets.get(peer, 0):
+            return
+        self._tickets[peer] = want.ticket
         self.outbound.pop(peer, None)
-        self.requests[peer] = ((want.owner, want.life), want.key)
+        self.requests[peer] = want
 
     def may_begin(self) -> bool:
         """Is there room for one more outbound session?"""
@@ -159,6 +171,7 @@ class Snapshots:
 
     def peer_down(self, peer: str) -> None:
         """Nothing more comes from or goes to this peer."""
+        self._tickets.pop(peer, None)
         self.requests.pop(peer, None)
         self.outbound.pop(peer, None)
         self.needs = {need: other for need, other in self.needs.items() if other != peer}
@@ -168,7 +181,9 @@ class Snapshots:
     def forget(self, source: Source) -> None:
         """The source is gone."""
         self.needs = {need: peer for need, peer in self.needs.items() if need[0] != source}
-        self.requests = {peer: need for peer, need in self.requests.items() if need[0] != source}
+        self.requests = {
+            peer: want for peer, want in self.requests.items() if (want.owner, want.life) != source
+        }
         self.outbound = {peer: session for peer, session in self.outbound.items() if session.source != source}
         if self.inbound is not None and self.inbound.source == source:
             self.inbound = None
