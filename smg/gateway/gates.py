@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from hashlib import blake2b
 
-from smg.errors import GatewayError
 from smg.gateway.problem import invalid_api_key
 from smg.wire.headers import Header
 
@@ -171,10 +170,3 @@ class Cors:
 
     def _allows(self, origin: bytes | None) -> bool:
         return origin is not None and (self._allows_all or origin in self._origins)
-
-
-def guard_key_clash(api_key: str | None, tenant_keys: Mapping[str, str]) -> None:
-    """Raises `GatewayError` 400 when two callers would share a key (CLI-7)."""
-    keys = [*tenant_keys.values(), *([] if api_key is None else [api_key])]
-    if len(set(keys)) != len(keys):
-        raise GatewayError(400, "BAD_REQUEST", "two tenants share one key, or a tenant key equals --api-key")

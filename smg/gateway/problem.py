@@ -88,7 +88,8 @@ def render(error: GatewayError, dialect: str, request_id: str) -> tuple[int, byt
     return error.status, header_block(error), body_of(error, dialect, request_id)
 
 
-# ---- the errors of section 8 by name; checks (ERR-1 to ERR-6) and admission (ERR-12 to ERR-14) have their own ------
+# The errors of section 8 by name. Checks (ERR-1 to ERR-6), bodies (ERR-11) and admission (ERR-12 to ERR-14) have
+# theirs in their own rooms; `error_codes.py` lists them all.
 
 
 def invalid_api_key(challenge: str = DATA_PLANE_REALM) -> GatewayError:
@@ -117,13 +118,6 @@ def method_not_allowed(method: str, path: str, allow: str) -> GatewayError:
     """ERR-10: known path, other method; `allow` is the value of `Allow` (HTTP-10)."""
     return GatewayError(
         405, "method_not_allowed", f"{path[:200]} does not take {method[:20]}", headers=(("allow", allow),)
-    )
-
-
-def body_too_large(limit_bytes: int) -> GatewayError:
-    """ERR-11."""
-    return GatewayError(
-        413, "request_body_too_large", f"The request body is larger than {limit_bytes} bytes", is_closing=True
     )
 
 
@@ -191,7 +185,7 @@ def not_implemented(what: str) -> GatewayError:
     return GatewayError(501, "not_implemented", f"{what} is not supported by this release")
 
 
-# ---- streams --------------------------------------------------------------------------------------------------------
+# How streams stay open, and how they end when their worker died.
 
 KEEP_ALIVE: dict[str, bytes] = {
     OPENAI: b": ping\n\n",

@@ -84,6 +84,33 @@ ROUTES: Mapping[str, Methods] = {
     "/mesh/leave": {"POST": ("mesh_leave", ADMIN)},
 }
 
+SUMMARIES: Mapping[str, str] = {
+    "liveness": "200 as long as the process runs.",
+    "readiness": "200 when a worker can serve, else 503 with the reason.",
+    GENERATE: "Inference: checked, admitted, routed and relayed.",
+    "models": "The served models.",
+    "model": "One served model.",
+    "health_generate": "The engine's own test, from the first ready worker; `?model=` selects.",
+    "get_server_info": "The engine's description of itself, without keys; `?model=` selects.",
+    "get_model_info": "The engine's description of its model; `?model=` selects.",
+    "engine_metrics": "The Prometheus metrics of all engines as one page.",
+    "get_loads": "What every worker says of its load now.",
+    "flush_cache": "Empties the KV cache of every worker.",
+    "start_profile": "Starts the profiler of every worker, or of one by `url`.",
+    "stop_profile": "Stops the profilers.",
+    "list_workers": "`GET` lists the workers, `?model=` selects.",
+    "add_worker": "`POST` adds one.",
+    "get_worker": "`GET` shows a worker.",
+    "patch_worker": "`PATCH` changes what it names.",
+    "put_worker": "`PUT` replaces its specification.",
+    "delete_worker": "`DELETE` drains and removes it.",
+    "explain": "Which worker an inference body would go to, and why.",
+    "mesh_status": "The state of the mesh.",
+    "mesh_members": "The members of the mesh.",
+    "mesh_leave": "Leaves the mesh.",
+}
+"""What each endpoint does, in a sentence: the words of docs/reference/routes.md."""
+
 ADMIN_PREFIXES = ("/workers", "/mesh", "/route", "/v1/route", "/parse", "/v1/tokenizers")
 """Below these the key is asked for before 404 or 405 is said (HTTP-10)."""
 

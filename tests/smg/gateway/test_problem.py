@@ -18,7 +18,7 @@ ROWS: list[tuple[str, GatewayError, int, str, str, str]] = [
     ("ERR-9", problem.model_not_found("x"), 404, "model_not_found", "invalid_request_error", "not_found_error"),
     ("ERR-10", problem.unknown_url("GET", "/x"), 404, "unknown_url", "invalid_request_error", "invalid_request_error"),
     ("ERR-10", problem.method_not_allowed("PUT", "/x", "GET"), 405, "method_not_allowed", "invalid_request_error", "invalid_request_error"),
-    ("ERR-11", problem.body_too_large(5), 413, "request_body_too_large", "invalid_request_error", "request_too_large"),
+    ("ERR-11", GatewayError(413, "request_body_too_large", "m"), 413, "request_body_too_large", "invalid_request_error", "request_too_large"),
     ("ERR-12", GatewayError(429, "admission_queue_full", "m", retry_after_s=1), 429, "admission_queue_full", "rate_limit_error", "rate_limit_error"),
     ("ERR-14", GatewayError(503, "admission_queue_timeout", "m", retry_after_s=1), 503, "admission_queue_timeout", "server_error", "overloaded_error"),
     ("ERR-15", problem.no_available_workers(), 503, "no_available_workers", "server_error", "overloaded_error"),
