@@ -7,7 +7,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smg.api.endpoints import ENDPOINTS
-from smg.gateway.routes import BY_TEMPLATE, ROUTES, dialect_of, find, is_admin_path
+from smg.gateway.explain import Explain
+from smg.gateway.fan_out import FanOut
+from smg.gateway.mesh_api import NoMesh
+from smg.gateway.models import Models
+from smg.gateway.probes import Probes
+from smg.gateway.routes import (
+    BY_TEMPLATE,
+    GENERATE,
+    NOT_IMPLEMENTED,
+    ROUTES,
+    dialect_of,
+    find,
+    is_admin_path,
+)
+from smg.gateway.workers_api import WorkersApi
 
 
 def target(path: str, method: str) -> tuple[str, str] | None:
@@ -134,3 +148,13 @@ def test_any_path_is_found_or_not_without_an_error(path: str) -> None:
         for name, value in parameters.items():
             filled = filled.replace("{" + name + "...}", value).replace("{" + name + "}", value)
         assert filled == path
+
+
+def test_every_endpoint_of_the_table_has_code_in_exactly_one_place() -> None:
+    rooms = (Probes, Models, NoMesh, WorkersApi, FanOut, Explain)
+    names = {name for methods in ROUTES.values() for name, _ in methods.values()} - {
+        GENERATE,
+        NOT_IMPLEMENTED,
+    }
+    for name in names:
+        assert sum(hasattr(room, name) for room in rooms) == 1, name
