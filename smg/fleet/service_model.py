@@ -206,8 +206,8 @@ class CacheCapacity:
     ANSWERS = 64
     """Answers that end a period early: a busy worker is learned in seconds."""
     ANSWERS_MIN = 8
-    TOLERANCE = 0.05
-    """Share of predicted tokens that may be missing: engines cache in blocks of their own."""
+    TOLERANCE = 0.1
+    """Share of predicted tokens that may be missing: blocks differ, and what waits in a queue may be evicted meanwhile."""
     TOKENS_MIN = 4_096
 
     def __init__(self, tokens: float) -> None:
