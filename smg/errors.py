@@ -12,8 +12,21 @@ class SmgError(Exception):
     """Base of every error that smg raises on purpose."""
 
 
-class SettingsError(SmgError):
-    """A configuration that cannot work; `str(error)` is one line naming flag, value and reason (CLI-6)."""
+class SettingsError(SmgError, ValueError):
+    """A configuration that may not start (CLI-6): names the flag, the value and the reason.
+
+    `is_combination` tells a value that is wrong by itself (exit code 2) from one that is wrong beside another setting or in
+    its surroundings, such as a file that is not there (exit code 1).
+    """
+
+    def __init__(self, flag: str, value: str, reason: str, *, is_combination: bool = False) -> None:
+        message = f"{flag}: {value}: {reason}" if value else f"{flag}: {reason}"
+        # One line whatever was typed: a control character in a flag's name must not reach a terminal or split the line.
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
+        self.flag = flag
+        self.value = value
+        self.reason = reason
+        self.is_combination = is_combination
 
 
 class GatewayError(SmgError):

@@ -12,12 +12,12 @@ from typing import Annotated
 
 import msgspec
 
+from smg.errors import SettingsError
 from smg.settings_flag import (
     Field,
     Flag,
     Group,
     Prefill,
-    SettingsError,
     declared_fields,
     header_name,
     listen_host,
@@ -42,7 +42,6 @@ __all__ = [
     "Retries",
     "Routing",
     "Settings",
-    "SettingsError",
     "Telemetry",
     "Workers",
 ]

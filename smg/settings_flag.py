@@ -16,6 +16,8 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from smg.errors import SettingsError
+
 NOT_SUPPORTED = "not supported by this release"
 """The words every refusal of something that comes in a later release uses (contract section 2)."""
 
@@ -28,23 +30,6 @@ _INTEGER = re.compile(r"[+-]?[0-9]+")
 _NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _HOST = re.compile(r"[0-9A-Za-z:._%-]+")
-
-
-class SettingsError(ValueError):
-    """A configuration that may not start (CLI-6): names the flag, the value and the reason.
-
-    `is_combination` tells a value that is wrong by itself (exit code 2) from one that is wrong beside another setting or in
-    its surroundings, such as a file that is not there (exit code 1).
-    """
-
-    def __init__(self, flag: str, value: str, reason: str, *, is_combination: bool = False) -> None:
-        message = f"{flag}: {value}: {reason}" if value else f"{flag}: {reason}"
-        # One line whatever was typed: a control character in a flag's name must not reach a terminal or split the line.
-        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
-        self.flag = flag
-        self.value = value
-        self.reason = reason
-        self.is_combination = is_combination
 
 
 class Flag(msgspec.Struct, frozen=True, kw_only=True):

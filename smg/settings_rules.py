@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import pairwise
 
-from smg.settings import Settings, SettingsError
+from smg.errors import SettingsError
+from smg.settings import Settings
 
 _ANY_ADDRESS = frozenset({"0.0.0.0", "::"})
 

@@ -28,8 +28,9 @@ from smg.cli.flags import (
     unknown_variables,
 )
 from smg.discovery.file import FILE_BYTES_MAX, BrokenFile, parse
+from smg.errors import SettingsError
 from smg.fleet.worker import WorkerSpec
-from smg.settings import Settings, SettingsError
+from smg.settings import Settings
 from smg.settings_rules import warnings
 
 WORKERS_AT_ONCE = 16

@@ -18,7 +18,8 @@ import msgspec
 
 from smg import __version__
 from smg.cli.later import LATER_ENV_NAMES, LATER_FLAGS
-from smg.settings import FIELDS, GROUPS, Settings, SettingsError
+from smg.errors import SettingsError
+from smg.settings import FIELDS, GROUPS, Settings
 from smg.settings_flag import NOT_SUPPORTED, Field, Value, env_name, to_texts, to_value
 from smg.settings_rules import check
 

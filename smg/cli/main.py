@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except ValueError as wrong:
-        from smg.settings_flag import SettingsError
+        from smg.errors import SettingsError
 
         if not isinstance(wrong, SettingsError):
             raise

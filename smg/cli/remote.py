@@ -18,7 +18,8 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 from smg.cli.flags import positive_seconds, read_secret
-from smg.settings_flag import SettingsError, worker_url
+from smg.errors import SettingsError
+from smg.settings_flag import worker_url
 
 DEFAULT_GATEWAY = "http://127.0.0.1:30000"
 ANSWER_BYTES_MAX = 64 * 1024 * 1024

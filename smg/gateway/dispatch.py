@@ -27,7 +27,7 @@ from smg.fleet.pool import Pool
 from smg.fleet.retry import RetryBudget, RetryRules, is_failure
 from smg.fleet.worker import Worker
 from smg.gateway import problem
-from smg.gateway.relay import StreamBounds, Told, relay_plain, relay_stream, whole_answer
+from smg.gateway.relay import BODYLESS, StreamBounds, Told, relay_plain, relay_stream, whole_answer
 from smg.gateway.rerank import wrapped as wrapped_rerank
 from smg.gateway.rerank import wraps
 from smg.gateway.tallies import Lane, Tallies
@@ -169,7 +169,7 @@ class Dispatch:
                     self._note_rest(worker, held, started_s)
                     lane.upstream(status)
                     return Failed(held=held)
-            if upstream.is_complete and not call.endpoint.is_rerank:
+            if upstream.is_complete and upstream.length is not None and not call.endpoint.is_rerank:
                 if not exchange.write_nowait(whole_answer(exchange, upstream, lines.id_line, told)):
                     await exchange.flush()
                 return status
@@ -217,7 +217,7 @@ class Dispatch:
         told: Told,
     ) -> Told:
         is_events = upstream.content_type.startswith(b"text/event-stream")
-        if upstream.length is None and (is_events or (call.is_stream and not upstream.is_complete)):
+        if upstream.length is None and upstream.status not in BODYLESS and (is_events or call.is_stream):
 
             def first_byte(now: float) -> None:
                 policy.first_byte(call, worker, now - started_s, now)

@@ -24,6 +24,7 @@ from smg.wire.sse_tail import TAIL_BYTES, ResponsesWatch, closing, has_end_marke
 HELD_BYTES_MAX = (
     64 << 10
 )  # a plain answer up to this is sent when it is whole, so that a loss can be retried (DN-5)
+BODYLESS = frozenset((204, 304))
 TAP_PIECES = 64  # last pieces of a stream that the tap refers to; with pieces of >= 64 bytes they hold 4 KiB
 
 _COUNT = re.compile(
@@ -74,19 +75,20 @@ def usage_of(tail: bytes) -> Usage | None:
 
 
 def whole_answer(exchange: Exchange, upstream: Upstream, id_line: bytes, told: Told) -> bytes:
-    """The bytes for the client of a plain answer that is complete; usage goes into `told`."""
+    """The bytes for the client of a plain answer that is complete; usage goes into `told`.
+
+    A body without a length stays without one (DN-4).
+    """
     body = upstream.take()
-    head = exchange.head_block(upstream.status, returned(upstream.headers) + id_line, _length(upstream, body))
-    if not body:
-        return head
-    told.usage = usage_of(body[-TAIL_BYTES:])
-    return head + body
-
-
-def _length(upstream: Upstream, body: bytes) -> int:
-    """What `content-length` says: the worker's own word also where no body goes with it (HEAD, 304; DN-6)."""
     length = upstream.length
-    return len(body) if length is None or body else length
+    head = exchange.head_block(upstream.status, returned(upstream.headers) + id_line, length)
+    if body:
+        told.usage = usage_of(body[-TAIL_BYTES:])
+        if length is not None:
+            return head + body
+    if length is not None or exchange.head.is_http10 or upstream.status in BODYLESS:
+        return head + body
+    return b"%b%x\r\n%b\r\n0\r\n\r\n" % (head, len(body), body) if body else head + b"0\r\n\r\n"
 
 
 async def relay_plain(exchange: Exchange, upstream: Upstream, id_line: bytes) -> Told:

@@ -194,8 +194,10 @@ class Exchange:
         """A complete answer head; `length` None: chunked under HTTP/1.1, until close under 1.0."""
         if length is not None:
             framing = b"content-length: %d\r\n" % length
-            if status == 204 or status == 304 or status < 200:
+            if status == 204 or status < 200:
                 framing = b""
+        elif status == 304 or status == 204:
+            framing = b""
         elif self.head.is_http10:
             framing = b""
             self.keep_alive = False

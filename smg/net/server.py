@@ -101,6 +101,12 @@ class Server:
             if not exchange.is_busy:
                 exchange.parking.interrupt(ClientGone())
 
+    async def wait_closed(self) -> None:
+        """Waits until every connection is gone; for use after `stop_listening`."""
+        while self._exchanges:
+            self._all_gone = trio.Event()
+            await self._all_gone.wait()
+
     def cut_off(self) -> None:
         """The grace period is over: what still runs is told so (LIFE-6)."""
         for exchange in list(self._exchanges):
@@ -141,6 +147,8 @@ class Server:
         finally:
             del self._exchanges[exchange]
             exchange.close()
+            if not self._exchanges:
+                self._all_gone.set()
 
     async def _serve(self, exchange: Exchange) -> None:
         """Reads and serves requests until the connection ends."""

@@ -131,7 +131,7 @@ class Log:
         be written or the level is unknown.
         """
         if level not in LEVELS:
-            raise SettingsError(f"--log-level {level}: not one of {', '.join(LEVELS)}")
+            raise SettingsError("--log-level", level, f"not one of {', '.join(LEVELS)}")
         self.close()
         self.threshold = LEVELS[level]
         self._is_json = is_json
@@ -148,7 +148,9 @@ class Log:
             try:
                 self._file = DailyFile(Path(log_dir), self._clock())
             except OSError as error:
-                raise SettingsError(f"--log-dir {log_dir}: {error.strerror or error}") from error
+                raise SettingsError(
+                    "--log-dir", log_dir, str(error.strerror or error), is_combination=True
+                ) from error
         # Libraries chatter at INFO (one line per request of an HTTP client), so they speak from WARNING on.
         logging.root.setLevel(
             logging.INFO if self.threshold <= DEBUG else max(logging.WARNING, self.threshold)

@@ -38,15 +38,15 @@ def traces_url(endpoint: str) -> str:
         parts = urlsplit(endpoint if has_scheme else f"http://{endpoint}")
         host, port = parts.hostname, parts.port
     except ValueError as error:
-        raise SettingsError(f"{_FLAG} {endpoint}: {error}") from error
+        raise SettingsError(_FLAG, endpoint, str(error)) from error
     if parts.scheme not in ("http", "https"):
-        raise SettingsError(f"{_FLAG} {endpoint}: only http:// and https:// URLs and host:port are supported")
+        raise SettingsError(_FLAG, endpoint, "only http:// and https:// URLs and host:port are supported")
     if not host or any(letter.isspace() for letter in endpoint):
-        raise SettingsError(f"{_FLAG} {endpoint}: no host")
+        raise SettingsError(_FLAG, endpoint, "no host")
     if has_scheme:
         return endpoint if parts.path not in ("", "/") else parts._replace(path=TRACES_PATH).geturl()
     if parts.path not in ("", "/") or parts.query or parts.username is not None:
-        raise SettingsError(f"{_FLAG} {endpoint}: host:port has no path; write http:// for a URL")
+        raise SettingsError(_FLAG, endpoint, "host:port has no path; write http:// for a URL")
     if port is None or port == GRPC_PORT:
         port = HTTP_PORT
     return f"http://[{host}]:{port}{TRACES_PATH}" if ":" in host else f"http://{host}:{port}{TRACES_PATH}"
@@ -70,7 +70,10 @@ class OtlpSender:
             from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, TraceFlags, TraceState
         except ImportError as error:
             raise SettingsError(
-                "--enable-trace: needs the extra otel: pip install 'smg-mesh[otel]'"
+                "--enable-trace",
+                "",
+                "needs the extra otel: pip install 'smg-mesh[otel]'",
+                is_combination=True,
             ) from error
         # The tracer tells once that a collector is down; the library would tell with each try.
         logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from smg.errors import SettingsError
 from smg.settings import (
     Discovery,
     Health,
@@ -15,7 +16,6 @@ from smg.settings import (
     Retries,
     Routing,
     Settings,
-    SettingsError,
     Telemetry,
     Workers,
 )

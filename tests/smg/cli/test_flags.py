@@ -22,7 +22,8 @@ from smg.cli.flags import (
     unknown_variables,
 )
 from smg.cli.later import LATER_ENV_NAMES, LATER_FLAGS
-from smg.settings import FIELDS, Prefill, Settings, SettingsError
+from smg.errors import SettingsError
+from smg.settings import FIELDS, Prefill, Settings
 from smg.settings_flag import Value, to_texts
 from smg.settings_rules import check
 from tests.smg.cli.strategies import POLICIES, settings_of, told

@@ -1,0 +1,359 @@
+"""Builds the rooms of one node out of its settings.
+
+Owns which object is given to which (house law 4: dependencies enter by constructor). Starts nothing, waits for nothing;
+`cli/serve.py` runs what is built here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from random import Random
+
+import trio
+
+from smg.backends.http_worker import HttpWorkers
+from smg.errors import GatewayError
+from smg.fleet.breaker import Breaker, BreakerRules
+from smg.fleet.health import Health, HealthRules
+from smg.fleet.load import ReportRules
+from smg.fleet.registry import Change, ModelsChanged, Registry, Removed, Updated
+from smg.fleet.retry import RetryBudget, RetryRules
+from smg.fleet.worker import Worker, WorkerSpec
+from smg.gateway import problem
+from smg.gateway.app import App
+from smg.gateway.dispatch import Dispatch
+from smg.gateway.explain import Explain
+from smg.gateway.fan_out import FanOut
+from smg.gateway.gates import Cors, Gates
+from smg.gateway.generate import Generate
+from smg.gateway.mesh_api import NoMesh
+from smg.gateway.models import Models
+from smg.gateway.probes import Probes
+from smg.gateway.relay import StreamBounds
+from smg.gateway.tallies import Tallies
+from smg.gateway.workers_api import WorkersApi
+from smg.net.client import Client
+from smg.net.exchange import Exchange, ServerLimits
+from smg.net.plain import PlainHandler, Request, Response, plain
+from smg.net.pool import ConnectionPool
+from smg.net.readiness import Readiness
+from smg.net.server import Server
+from smg.policies.routing_table import PolicyTable
+from smg.services.drain import Drains
+from smg.services.health_probes import HealthProbes
+from smg.services.load_reports import LoadReports
+from smg.services.rosters import Rosters
+from smg.services.worker_jobs import WorkerJobs
+from smg.settings import Settings
+from smg.telemetry import log as logs
+from smg.telemetry.metrics import CONTENT_TYPE, Metrics
+from smg.telemetry.worker_gauges import worker_samples
+from smg.tenancy.admission import admission_of
+
+Service = Callable[..., Awaitable[None]]
+
+
+class Node:
+    """One gateway node, built and not yet running."""
+
+    def __init__(self, settings: Settings, readiness: Readiness, rng: Random) -> None:
+        self._settings = settings
+        self._readiness = readiness
+        self._rng = rng
+        self.log = logs.logger("smg")
+        self.metrics = Metrics(settings.telemetry.prometheus_duration_buckets)
+        self._is_draining = False
+        self.registry = _registry(settings)
+        self._pool = ConnectionPool(
+            readiness,
+            idle_timeout_s=settings.workers.upstream_pool_idle_timeout_secs,
+            connect_timeout_s=settings.retries.connect_timeout_secs,
+        )
+        client = Client(readiness, self._pool)
+        self._probes_service = HealthProbes(
+            self.registry,
+            client.fetch,
+            rng=rng,
+            log=logs.logger("smg.health"),
+            removes_failed=settings.removes_unhealthy_workers(),
+            counted=self._count_probe,
+        )
+        self._jobs = WorkerJobs(
+            self.registry,
+            client.fetch,
+            rng=rng,
+            log=logs.logger("smg.workers"),
+            is_dp_aware=settings.workers.dp_aware,
+        )
+        self._drains = Drains(self.registry, log=logs.logger("smg.workers"))
+        self.rosters = Rosters(self.registry, self._jobs, client.fetch, log=logs.logger("smg.discovery"))
+        self._reports = LoadReports(
+            self.registry,
+            client.fetch,
+            _report_rules(settings),
+            rng=rng,
+            refused=self._probes_service.note_refused,
+        )
+        self._policies = PolicyTable(settings.routing, self.registry)
+        self._gates = Gates(settings.auth.api_key)
+        origins = settings.listening.cors_allowed_origins
+        self._cors = Cors(origins) if origins else None
+        self._admission = admission_of(settings.limits, os.cpu_count() or 1, trio.current_time())
+        self._tallies = Tallies(self.metrics)
+        self._workers = HttpWorkers(self._pool, self._gates.is_secret)
+        self.registry.subscribe(self._changed)
+        self._probes = Probes(
+            self.registry, lambda: self._is_draining, needs_pair=settings.pd.pd_disaggregation
+        )
+        self._app = self._make_app(client)
+        self._serving: Server | None = None
+        self.metrics.add_source(self._samples)
+
+    def start_draining(self) -> None:
+        """Readiness turns 503 `draining` at once (LIFE-5)."""
+        self._is_draining = True
+
+    def services(self) -> Iterable[Service]:
+        """Everything that runs beside the servers, in the order of its start."""
+        yield self._probes_service.run
+        yield self._jobs.run
+        yield self._drains.run
+        yield self.rosters.run
+        if not self._settings.load_polls.disable_load_monitoring:
+            yield self._reports.run
+
+    def server(self) -> Server:
+        """The serving port."""
+        app = self._app
+        self._serving = Server(app.handle, app.refuse, app.report, self._readiness, _limits(self._settings))
+        return self._serving
+
+    def metrics_server(self) -> Server:
+        """The metrics port: `GET /metrics` and nothing else."""
+        return self._plain_server(self._metrics_page)
+
+    def probe_server(self) -> Server:
+        """The port of `--health-check-port` (LIFE-4)."""
+        return self._plain_server(self._probes.only_probes)
+
+    def _make_app(self, client: Client) -> App:
+        settings = self._settings
+        dispatch = Dispatch(
+            self._workers,
+            _retry_rules(settings),
+            RetryBudget(settings.retries.retry_budget_ratio, settings.retries.retry_budget_min_per_sec),
+            StreamBounds(settings.telemetry.sse_keepalive_secs, settings.retries.request_timeout_secs),
+            self._tallies,
+            self._probes_service.note_refused,
+            self._readiness,
+            self._rng,
+            timeout_s=settings.retries.request_timeout_secs,
+            resend_bytes_max=settings.listening.max_buffered_request_bytes,
+            sheds_overload=settings.routing.worker_overload_shed
+            and settings.routing.protects_from_overload(),
+        )
+        generate = Generate(
+            self.registry,
+            self._policies,
+            self._admission,
+            dispatch,
+            self._tallies,
+            self._readiness,
+            key_headers=settings.routing.routing_key_headers,
+            needs_key=settings.routing.routing_key_override,
+        )
+        return App(
+            generate,
+            self._endpoints(client),
+            self._gates,
+            self._cors,
+            self.metrics,
+            logs.logger("smg.gateway"),
+            self._rng,
+            id_headers=settings.telemetry.request_id_headers,
+        )
+
+    def _endpoints(self, client: Client) -> Mapping[str, PlainHandler]:
+        settings = self._settings
+        models = Models(self.registry)
+        workers = WorkersApi(self.registry, self._jobs)
+        fan_out = FanOut(self.registry, client.fetch, self._reports.ask_now)
+        mesh = NoMesh()
+        explain = Explain(
+            self.registry,
+            self._policies,
+            self._rng,
+            lambda: self._readiness.now_s,
+            routing_key_headers=settings.routing.routing_key_headers,
+            keys_override=settings.routing.routing_key_override,
+            sheds_overload=settings.routing.worker_overload_shed
+            and settings.routing.protects_from_overload(),
+        )
+        return {
+            "liveness": self._probes.liveness,
+            "readiness": self._probes.readiness,
+            "models": models.models,
+            "model": models.model,
+            "health_generate": fan_out.health_generate,
+            "get_server_info": fan_out.get_server_info,
+            "get_model_info": fan_out.get_model_info,
+            "engine_metrics": fan_out.engine_metrics,
+            "get_loads": fan_out.get_loads,
+            "flush_cache": fan_out.flush_cache,
+            "start_profile": fan_out.start_profile,
+            "stop_profile": fan_out.stop_profile,
+            "list_workers": workers.list_workers,
+            "add_worker": workers.add_worker,
+            "get_worker": workers.get_worker,
+            "patch_worker": workers.patch_worker,
+            "put_worker": workers.put_worker,
+            "delete_worker": workers.delete_worker,
+            "explain": explain.explain,
+            "mesh_status": mesh.mesh_status,
+            "mesh_members": mesh.mesh_members,
+            "mesh_leave": mesh.mesh_leave,
+        }
+
+    def _plain_server(self, handler: PlainHandler) -> Server:
+        return Server(
+            plain(handler),
+            _refuse_plain,
+            self._app.report,
+            self._readiness,
+            ServerLimits(payload_bytes_max=65536),
+        )
+
+    async def _metrics_page(self, request: Request) -> Response:
+        if request.path != "/metrics":
+            raise problem.unknown_url(request.method, request.path)
+        if request.method not in ("GET", "HEAD"):
+            raise problem.method_not_allowed(request.method, request.path, "GET, HEAD")
+        return Response(200, await self.metrics.render_text(), CONTENT_TYPE)
+
+    def _changed(self, change: Change) -> None:
+        """What outside of the fleet hangs on a worker goes with it."""
+        worker = change.worker
+        if isinstance(change, (Removed, Updated)):
+            self._workers.forget(worker)
+        if isinstance(change, Removed):
+            self.metrics.forget(worker=worker.url)
+        if isinstance(change, (Removed, ModelsChanged)):
+            served = self.registry.served_models()
+            old = change.old if isinstance(change, ModelsChanged) else worker.models
+            for model in old:
+                if model not in served:
+                    self._tallies.forget_model(model)
+
+    def _count_probe(self, worker: Worker, is_hit: bool) -> None:
+        self.metrics.counter(
+            "smg_worker_health_checks_total",
+            worker_type=worker.kind.value,
+            result="success" if is_hit else "failure",
+        ).value += 1
+
+    def _samples(self) -> Iterable[tuple[str, tuple[str, ...], float]]:
+        """Gauges and counters that live in the rooms and are read when somebody scrapes."""
+        if self._serving is not None:
+            yield "smg_http_connections_active", (), float(self._serving.connection_count)
+        yield "smg_admission_inflight", (), float(self._admission.in_flight)
+        yield "smg_http_rate_limit_total", ("allowed",), float(self._admission.admitted_total)
+        yield "smg_http_rate_limit_total", ("rejected",), float(self._admission.rejected_total)
+        yield from worker_samples(self.registry.workers(), self._readiness.now_s)
+        for _, policy in self._policies.policies():
+            branches: Mapping[str, int] = getattr(policy, "branches", {})
+            for branch, count in branches.items():
+                yield f"smg_{_METRIC_NAMES[policy.name]}_policy_branch_total", (branch,), float(count)
+            if policy.name == "manual":
+                yield "smg_manual_policy_cache_entries", (), float(getattr(policy, "entries", 0))
+
+
+_METRIC_NAMES = {
+    "manual": "manual",
+    "consistent_hashing": "consistent_hashing",
+    "prefix_hash": "prefix_hash",
+}
+
+
+async def _refuse_plain(exchange: Exchange, error: GatewayError) -> None:
+    exchange.request_id = exchange.request_id or "req-plain"
+    status, block, body = problem.render(error, problem.OPENAI, exchange.request_id)
+    await exchange.respond(status, block, body)
+
+
+def _registry(settings: Settings) -> Registry:
+    health, breaker, workers = settings.health, settings.breaker, settings.workers
+
+    def make_health(spec: WorkerSpec) -> Health:
+        own = spec.health
+        return Health(
+            HealthRules(
+                endpoint=own.health_check_endpoint or health.health_check_endpoint,
+                interval_s=own.check_interval_secs or health.health_check_interval_secs,
+                timeout_s=own.timeout_secs or health.health_check_timeout_secs,
+                failure_threshold=own.failure_threshold or health.health_failure_threshold,
+                success_threshold=own.success_threshold or health.health_success_threshold,
+                startup_timeout_s=workers.worker_startup_timeout_secs,
+                startup_delay_s=workers.worker_startup_delay,
+                startup_check_interval_s=workers.worker_startup_check_interval,
+                is_disabled=(
+                    health.disable_health_check
+                    if own.disable_health_check is None
+                    else own.disable_health_check
+                ),
+            )
+        )
+
+    def make_breaker(spec: WorkerSpec) -> Breaker:
+        own = spec.resilience
+        return Breaker(
+            BreakerRules(
+                failure_threshold=own.cb_failure_threshold or breaker.cb_failure_threshold,
+                success_threshold=own.cb_success_threshold or breaker.cb_success_threshold,
+                timeout_s=own.cb_timeout_duration_secs or breaker.cb_timeout_duration_secs,
+                window_s=breaker.cb_window_duration_secs,
+                is_disabled=(
+                    breaker.disable_circuit_breaker
+                    if own.disable_circuit_breaker is None
+                    else own.disable_circuit_breaker
+                ),
+            )
+        )
+
+    return Registry(
+        aliases=workers.aliases(),
+        make_health=make_health,
+        make_breaker=make_breaker,
+        drain_timeout_s=workers.drain_timeout_secs,
+    )
+
+
+def _report_rules(settings: Settings) -> ReportRules:
+    routing = settings.routing
+    return ReportRules(
+        interval_s=settings.load_polls.interval_secs(routing.policy),
+        overload_waiting=routing.worker_overload_waiting_requests,
+        overload_kv_usage=routing.worker_overload_token_usage,
+        is_protected=routing.protects_from_overload(),
+    )
+
+
+def _retry_rules(settings: Settings) -> RetryRules:
+    retries = settings.retries
+    return RetryRules(
+        attempts_max=1 if retries.disable_retries else retries.retry_max_retries,
+        initial_backoff_s=retries.retry_initial_backoff_ms / 1000,
+        max_backoff_s=retries.retry_max_backoff_ms / 1000,
+        backoff_multiplier=retries.retry_backoff_multiplier,
+        jitter_ratio=retries.retry_jitter_factor,
+    )
+
+
+def _limits(settings: Settings) -> ServerLimits:
+    listening = settings.listening
+    return ServerLimits(
+        header_read_timeout_s=listening.header_read_timeout_secs,
+        idle_timeout_s=listening.idle_connection_timeout_secs,
+        body_stall_timeout_s=listening.stream_body_stall_timeout_secs,
+        payload_bytes_max=listening.max_payload_size,
+    )
