@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 
+from smg.fleet.breaker import CLOSED
 from smg.fleet.worker import Status, Worker
 
 
@@ -79,15 +80,29 @@ class Pool:
         """
         until_s = math.inf
         permitted: list[Worker] = []
+        has_rest = has_overload = False
         for worker in self.workers:
-            if worker.status is Status.READY:
-                if worker.breaker.permits(now):
+            if worker.status is not Status.READY:
+                continue
+            breaker = worker.breaker
+            if breaker.state is CLOSED and breaker.avoid_until_s <= now:  # nearly always: without a call
+                permitted.append(worker)
+            else:
+                has_rest = True
+                if breaker.permits(now):
                     permitted.append(worker)
-                until_s = min(until_s, worker.breaker.next_change_s(now))
-                if worker.is_overloaded and worker.report_until_s > now:
-                    until_s = min(until_s, worker.report_until_s)
-        rested = [worker for worker in permitted if worker.breaker.avoid_until_s <= now] or permitted
-        relaxed = [worker for worker in rested if not (worker.is_overloaded and worker.report_until_s > now)]
+                until_s = min(until_s, breaker.next_change_s(now))
+            if worker.is_overloaded and worker.report_until_s > now:
+                has_overload = True
+                until_s = min(until_s, worker.report_until_s)
+        rested = relaxed = permitted
+        if has_rest:
+            rested = [worker for worker in permitted if worker.breaker.avoid_until_s <= now] or permitted
+            relaxed = rested
+        if has_overload:
+            relaxed = [
+                worker for worker in rested if not (worker.is_overloaded and worker.report_until_s > now)
+            ]
         self._is_shed = bool(rested) and not relaxed
         chosen = tuple(relaxed or rested)
         if chosen != self._candidates:

@@ -16,7 +16,6 @@ import math
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
-from itertools import islice
 from random import Random
 
 from smg.api.call import Call
@@ -89,12 +88,15 @@ class Bucket(Stateless):
     def choose(self, call: Call, workers: Sequence[Worker], now: float, rng: Random) -> Worker | None:
         """The least burdened owner of the prompt's length, or of all when the balance is lost."""
         count = len(workers)
-        if count < 2 or self._ranges is None or self._is_unbalanced(workers, now):
-            return least(workers, self._burden(now), rng) if count else None
+        if count < 2:
+            return workers[0] if count else None
+        sent = self._recently_sent(now)
+        if self._ranges is None or self._is_unbalanced(workers, sent):
+            return least(workers, _Burden(sent), rng)
         first, last = self._ranges.owners(_chars(call), count)
         if first == last:
             return workers[first]
-        return least(tuple(islice(workers, first, last + 1)), self._burden(now), rng)
+        return least(workers, _Burden(sent), rng, first, last)
 
     def placed(self, call: Call, worker: Worker, now: float) -> None:
         """Counts the characters, and adjusts the ranges when it is time."""
@@ -117,7 +119,7 @@ class Bucket(Stateless):
 
     def terms(self, call: Call, workers: Sequence[Worker], now: float, rng: Random) -> list[Terms]:
         """No costs; every row tells the characters sent and whether the length belongs there."""
-        burden = self._burden(now)
+        burden = _Burden(self._recently_sent(now))
         first, last = (
             self._ranges.owners(_chars(call), len(workers)) if self._ranges else (0, len(workers) - 1)
         )
@@ -130,21 +132,20 @@ class Bucket(Stateless):
             for index, worker in enumerate(workers)
         ]
 
-    def _burden(self, now: float) -> _Burden:
-        """Characters sent to a worker lately, times its cost; none when nothing was sent for a whole interval."""
-        is_stale = not self._window or self._window[-1][0] < now - self._interval_s
-        return _Burden({} if is_stale else self._sent)
+    def _recently_sent(self, now: float) -> dict[str, int]:
+        """Characters sent by worker id; none when nothing was sent for a whole interval."""
+        window = self._window
+        return self._sent if window and window[-1][0] >= now - self._interval_s else {}
 
-    def _is_unbalanced(self, workers: Sequence[Worker], now: float) -> bool:
-        burden = self._burden(now)
-        least_sent = most_sent = burden(workers[0])
-        for index in range(1, len(workers)):
-            sent = burden(workers[index])
-            if sent < least_sent:
-                least_sent = sent
-            elif sent > most_sent:
-                most_sent = sent
-        return most_sent - least_sent > self._abs and most_sent > self._rel * least_sent
+    def _is_unbalanced(self, workers: Sequence[Worker], sent: dict[str, int]) -> bool:
+        lowest, highest = math.inf, 0.0
+        for worker in workers:
+            burden = sent.get(worker.id, 0) * worker.spec.cost
+            if burden < lowest:
+                lowest = burden
+            if burden > highest:
+                highest = burden
+        return highest - lowest > self._abs and highest > self._rel * lowest
 
     def _forget_oldest(self) -> None:
         _, worker_id, chars = self._window.popleft()

@@ -51,12 +51,21 @@ def in_flight_cost(worker: Worker) -> float:
     return worker.in_flight * worker.spec.cost
 
 
-def least(workers: Sequence[Worker], amount: Callable[[Worker], float], rng: Random) -> Worker:
-    """The worker with the smallest amount, equal ones at random (reservoir sampling, no list). `workers` is not empty."""
-    best = workers[0]
+def least(
+    workers: Sequence[Worker],
+    amount: Callable[[Worker], float],
+    rng: Random,
+    first: int = 0,
+    last: int | None = None,
+) -> Worker:
+    """The worker with the smallest amount among `workers[first]` to `workers[last]`, equal ones at random.
+
+    Reservoir sampling: no list is made. `workers` is not empty; `last` None is the end.
+    """
+    best = workers[first]
     best_amount = amount(best)
     ties = 1
-    for index in range(1, len(workers)):
+    for index in range(first + 1, len(workers) if last is None else last + 1):
         worker = workers[index]
         own = amount(worker)
         if own < best_amount:
