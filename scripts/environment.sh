@@ -36,7 +36,10 @@ make_venv() {
   if ! "$python" -c 'import ensurepip' 2>/dev/null; then
     install_from_debian python3-venv || return 1
   fi
-  "$python" -m venv --clear "$folder" || return 1
+  # What is there is kept, unless it belongs to another Python: whoever works in it now should not lose it.
+  local clear=--clear
+  [ "$("$folder/bin/python" -VV 2>/dev/null)" = "$("$python" -VV)" ] && clear=
+  "$python" -m venv $clear "$folder" || return 1
   "$folder/bin/python" -m pip install --quiet --disable-pip-version-check "$@" || return 1
   echo "$mark" >"$folder/made-from"
 }
