@@ -1,0 +1,48 @@
+"""One run: a plan, a world, the checkers; and what to print when they find something."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tests.sim.checkers import HEAL_S, QUIET_S, STEP_S, Checker
+from tests.sim.workload import FAULTS_END_S, RUN_S, Plan, Player, draw, shrink
+from tests.sim.world import Node, ReplicaHook, World
+
+
+def play(plan: Plan, make_replica: Callable[[Node], ReplicaHook] | None = None) -> list[str]:
+    """Run a plan for RUN_S virtual seconds. Returns the problems found, empty if none."""
+    world, problems = play_world(plan, make_replica)
+    return problems
+
+
+def play_world(
+    plan: Plan, make_replica: Callable[[Node], ReplicaHook] | None = None
+) -> tuple[World, list[str]]:
+    """As `play`, and the world as it was at the end."""
+    world = World(plan.seed, make_replica=make_replica)
+    checker = Checker(world)
+    player = Player(plan, world)
+    player.begin()
+    assert RUN_S - QUIET_S >= FAULTS_END_S + HEAL_S
+    is_over = is_quiet = False
+    while world.loop.now < RUN_S:
+        world.run(STEP_S)
+        checker.step()
+        if not is_over and world.loop.now >= FAULTS_END_S:
+            is_over = True
+            player.end_faults()
+        if not is_quiet and world.loop.now >= RUN_S - QUIET_S:
+            is_quiet = True
+            checker.begin_quiet()
+    checker.end()
+    return world, checker.problems
+
+
+def report(seed: int, problems: list[str]) -> str:
+    """What a failed seed prints: how to replay it, and the shortest plan that still fails."""
+    plan = shrink(draw(seed), lambda shorter: bool(play(shorter)))
+    lines = [f"seed {seed} failed; replay: python -m tests.sim --seed {seed}"]
+    lines += [f"  problem: {problem}" for problem in problems[:8]]
+    lines.append(f"  shortest plan ({plan.members} members):")
+    lines += [f"    {fault}" for fault in plan.faults]
+    return "\n".join(lines)

@@ -1,0 +1,558 @@
+"""The simulated cluster: hosts, processes with the real machines inside, and the verbs of a fault plan.
+
+A `Node` is what an agent will be, without trio: it drains the membership machine after every call, keeps one stream
+per live pair (in large clusters four to random members), performs effects, and hands stream frames to the replica if
+the world was given a `make_replica`. Everything is decided by the seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from random import Random
+from typing import Any, Protocol
+
+from mesh import codec
+from mesh.member import Address, Record, Status, first_incarnation
+from mesh.messages import (
+    DialSeed,
+    Event,
+    Left,
+    MemberDown,
+    MemberUp,
+    NameConflict,
+    SendByStream,
+    TablePush,
+)
+from mesh.settings import PACKET_BODY_BYTES_MAX, SwimSettings
+from mesh.swim import Swim
+from tests.sim.network import Cut, Endpoint, Loop, Network
+
+EPOCH_S = 1_700_000_000.0
+PORT = 7946
+FULL_MESH_MAX = 32
+NEIGHBOURS = 4
+MAINTAIN_S = 1.0
+IDLE_CLOSE_S = 10.0
+INBOX_MAX = 400
+"""Datagrams a paused process's socket holds (about 212 KB of kernel memory)."""
+MEMBERSHIP, STATE = b"M", b"S"
+
+
+class ReplicaHook(Protocol):
+    """What the world needs of a replica: told of streams, lives and time; asked for frames (bytes)."""
+
+    def peer_up(self, peer: str, record: Record, now: float) -> None: ...
+    def peer_down(self, peer: str, now: float) -> None: ...
+    def member_event(self, event: Event, now: float) -> None: ...
+    def receive(self, peer: str, data: bytes, now: float) -> None: ...
+    def tick(self, now: float) -> None: ...
+    def deadline(self) -> float: ...
+    def frames(self, now: float) -> list[tuple[str, bytes]]: ...
+
+
+class Node:
+    """One process: a life of a name on a host."""
+
+    def __init__(self, world: World, name: str, host: int, clock_offset_s: float, drift: float) -> None:
+        self.world = world
+        self.name = name
+        self.host = host
+        self.rng = Random(world.rng.getrandbits(64))
+        self.clock_offset_s = clock_offset_s
+        self.drift = drift
+        self.is_up = True
+        self.is_paused = False
+        self.conflict: NameConflict | None = None
+        self.inbox: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
+        self.streams: dict[str, Endpoint] = {}
+        self.extra: list[Endpoint] = []
+        self.dialling: dict[Address, list[bytes]] = {}
+        self.tick_due_s = float("inf")
+        self.answering: tuple[int, Address] | None = None
+        now = self.clock()
+        wall_s = EPOCH_S + now
+        self.swim = Swim(
+            world.settings,
+            Record(
+                name=name,
+                boot=self.rng.randbytes(8),
+                incarnation=first_incarnation(wall_s),
+                status=Status.ALIVE,
+                host=world.address(host)[0],
+                port=PORT,
+                born_s=int(wall_s),
+                meta=world.meta,
+            ),
+            Random(self.rng.getrandbits(64)),
+            now,
+            wall_s,
+        )
+        self.replica = world.make_replica(self) if world.make_replica is not None else None
+        world.loop.at(world.loop.now + MAINTAIN_S * self.rng.random(), self.maintain)
+
+    # -- time
+
+    def clock(self) -> float:
+        """This node's steady clock; its wall clock is EPOCH_S later."""
+        return self.world.loop.now * (1 + self.drift) + self.clock_offset_s
+
+    def _world_time(self, clock_s: float) -> float:
+        return (clock_s - self.clock_offset_s) / (1 + self.drift)
+
+    def _schedule(self) -> None:
+        due_s = self.swim.deadline()
+        if self.replica is not None:
+            due_s = min(due_s, self.replica.deadline())
+        if due_s == float("inf"):
+            return
+        due_s = max(self.world.loop.now, self._world_time(due_s))
+        if due_s < self.tick_due_s:
+            self.tick_due_s = due_s
+            self.world.loop.at(due_s, self._tick, due_s)
+
+    def _tick(self, due_s: float) -> None:
+        if due_s != self.tick_due_s or not self.is_up or self.is_paused:
+            return
+        self.tick_due_s = float("inf")
+        now = self.clock() + 1e-9  # a deadline converted to world time and back must not fall short
+        self.swim.tick(now)
+        if self.replica is not None:
+            self.replica.tick(now)
+        self.drain()
+
+    # -- the shell's work
+
+    def drain(self) -> None:
+        """After every call of a machine."""
+        world, now = self.world, self.clock()
+        events = False
+        while (event := self.swim.next_event()) is not None:
+            events = True
+            self._on_event(event, now)
+        for address, packet in self.swim.packets_to_send(now):
+            data = codec.encode(packet)
+            assert len(data) <= PACKET_BODY_BYTES_MAX, (len(data), packet)
+            if self.answering is not None and self.answering == (data[2], address):
+                world.complain(f"{self.name} answered kind {data[2]} by its own kind")
+            target = world.hosts.get(address, -1)
+            world.network.datagram(self.host, target, world.arrive, data, target, world.address(self.host))
+        for effect in self.swim.effects():
+            if isinstance(effect, SendByStream):
+                self._send_by_stream(effect)
+            else:
+                self._dial_seed(effect)
+        if self.replica is not None:
+            for peer, frame in self.replica.frames(now):
+                end = self.streams.get(peer)
+                if end is not None:
+                    world.network.send(end, STATE + frame, world.loop.now)
+        if events:
+            world.note_events(self)
+        self._schedule()
+
+    def _on_event(self, event: Event, now: float) -> None:
+        self.world.log.append((self.world.loop.now, self, event))
+        if self.replica is not None:
+            self.replica.member_event(event, now)
+        if isinstance(event, MemberUp):
+            if self.swim.live_count < FULL_MESH_MAX and self.name < event.record.name:
+                self.dial(event.record.address, [])
+        elif isinstance(event, MemberDown | Left):
+            end = self.streams.pop(event.record.name, None)
+            if end is not None:
+                self._stream_gone(end, event.record.name)
+                self.world.network.close(end)
+        elif isinstance(event, NameConflict):
+            self.conflict = event
+            self.world.loop.at(self.world.loop.now, self.world.exit, self)
+
+    def _send_by_stream(self, effect: SendByStream) -> None:
+        data = MEMBERSHIP + codec.encode(effect.message)
+        kind = data[3]
+        if self.answering is not None and self.answering == (kind, effect.address):
+            self.world.complain(f"{self.name} answered stream kind {kind} by its own kind")
+        end = self.streams.get(effect.peer) if effect.peer is not None else None
+        if end is not None and end.is_open:
+            end.used_s = self.world.loop.now
+            self.world.network.send(end, data, self.world.loop.now)
+        else:
+            self.dial(effect.address, [data])
+
+    def _dial_seed(self, effect: DialSeed) -> None:
+        addresses = self.world.resolve(effect.seed)
+        left = [len(addresses)]
+        if not addresses:
+            self.swim.seed_failed(effect.seed, self.clock())
+        for address in addresses:
+            end = Endpoint(self.host, self)
+
+            def done(is_ok: bool, is_refused: bool, end: Endpoint = end) -> None:
+                if not self.is_up:
+                    return
+                now = self.clock()
+                left[0] -= 1
+                if not is_ok:
+                    if left[0] == 0:
+                        self.swim.seed_failed(effect.seed, now)
+                    return
+                peer: Node = end.other.owner  # type: ignore[assignment]
+                self.swim.seed_answered(effect.seed, peer.name, peer.swim.own.boot, now)
+                if peer is self:
+                    self.world.network.close(end)
+                    return
+                self.adopt(end)
+                for table in self.swim.tables(now):
+                    self.world.network.send(end, MEMBERSHIP + codec.encode(table), self.world.loop.now)
+
+            self.world.dial(end, address, done)
+
+    def dial(self, address: Address, frames: list[bytes]) -> None:
+        """Open a stream to the address and send these frames; the frames join a dial already under way."""
+        waiting = self.dialling.get(address)
+        if waiting is not None:
+            if len(waiting) < 64:
+                waiting.extend(frames)
+            return
+        self.dialling[address] = frames
+        end = Endpoint(self.host, self)
+
+        def done(is_ok: bool, is_refused: bool) -> None:
+            waiting = self.dialling.pop(address, [])
+            if not self.is_up:
+                return
+            if not is_ok:
+                self._run(self.swim.dial_failed, address, is_refused)
+                return
+            if end.other.owner is self:
+                self.world.network.close(end)
+                return
+            self.adopt(end)
+            for data in waiting:
+                self.world.network.send(end, data, self.world.loop.now)
+
+        self.world.dial(end, address, done)
+
+    def adopt(self, end: Endpoint) -> None:
+        """A stream is open (dialled or accepted), and the greeting told who is there."""
+        peer: Node = end.other.owner  # type: ignore[assignment]
+        end.peer = (peer.name, peer.swim.own.boot)
+        end.used_s = self.world.loop.now
+        old = self.streams.get(peer.name)
+        if old is not None and old.is_open and old.peer == end.peer:
+            self.extra.append(end)
+            return
+        if old is not None:
+            self._stream_gone(old, peer.name)
+        self.streams[peer.name] = end
+        if self.replica is not None:
+            self._run(self.replica.peer_up, peer.name, peer.swim.own)
+
+    def _stream_gone(self, end: Endpoint, name: str) -> None:
+        if self.replica is not None:
+            self.replica.peer_down(name, self.clock())
+
+    def maintain(self) -> None:
+        """Keep streams as an agent does; a large cluster closes what it does not need."""
+        if not self.is_up:
+            return
+        world = self.world
+        world.loop.at(world.loop.now + MAINTAIN_S, self.maintain)
+        if self.is_paused or not self.swim.is_running:
+            return
+        self.extra = [end for end in self.extra if end.is_open]
+        if self.swim.live_count < FULL_MESH_MAX:
+            for member in self.swim.live():
+                if self.name < member.name and member.name not in self.streams:
+                    self.dial(member.address, [])
+            return
+        dialled = sum(1 for name in self.streams if self.name < name)
+        if dialled < NEIGHBOURS and self.name != "":
+            live = self.swim.live()
+            member = live[int(self.rng.random() * len(live))]
+            if self.name < member.name and member.name not in self.streams:
+                self.dial(member.address, [])
+        if len(self.streams) > 4 * NEIGHBOURS:
+            for name, end in list(self.streams.items()):
+                if world.loop.now - end.used_s > IDLE_CLOSE_S and len(self.streams) > 4 * NEIGHBOURS:
+                    del self.streams[name]
+                    self._stream_gone(end, name)
+                    world.network.close(end, says_so=False)
+                    end.other.owner.stream_bye(end.other)  # type: ignore[attr-defined]
+
+    # -- what arrives
+
+    def _run(self, action: Callable[..., None], *args: Any) -> None:
+        """Call a machine now, or when the process runs again."""
+        if self.is_paused:
+            self.inbox.append((action, args))
+        elif self.is_up:
+            action(*args, self.clock())
+            self.drain()
+
+    def datagram(self, data: bytes, address: Address) -> None:
+        if self.is_paused:
+            if len(self.inbox) < INBOX_MAX:
+                self.inbox.append((self._datagram, (data, address)))
+        else:
+            self._datagram(data, address)
+
+    def _datagram(self, data: bytes, address: Address, _now: float = 0.0) -> None:
+        message = codec.decode(data)
+        self.answering = (data[2], address)
+        self.swim.receive(message, address, self.clock())
+        self.drain()
+        self.answering = None
+
+    def stream_frame(self, end: Endpoint, data: bytes) -> None:
+        if self.is_paused:
+            self.inbox.append((self._stream_frame, (end, data)))
+        elif self.is_up:
+            self._stream_frame(end, data)
+
+    def _stream_frame(self, end: Endpoint, data: bytes, _now: float = 0.0) -> None:
+        end.used_s = self.world.loop.now
+        now = self.clock()
+        if data[:1] == STATE:
+            assert end.peer is not None
+            if self.replica is not None and self.streams.get(end.peer[0]) is end:
+                self.replica.receive(end.peer[0], data[1:], now)
+                self.drain()
+            return
+        message = codec.decode(data[1:])
+        peer: Node = end.other.owner  # type: ignore[assignment]
+        address = self.world.address(peer.host)
+        self.answering = (data[3], address)
+        # a large table arrives in slices: only the last wants a reply
+        if isinstance(message, TablePush):
+            self.world.tables_pushed += 1
+        self.swim.receive(message, address, now, by_stream=True)
+        self.drain()
+        self.answering = None
+
+    def stream_eof(self, end: Endpoint) -> None:
+        """The peer's kernel closed: its process ended."""
+        if end.peer is None:
+            return
+        name, boot = end.peer
+        if self.streams.get(name) is end:
+            del self.streams[name]
+            self._stream_gone(end, name)
+        self._run(self.swim.stream_closed, name, boot)
+
+    def stream_bye(self, end: Endpoint) -> None:
+        """The peer closed an idle stream and said so."""
+        end.is_open = False
+        if end.peer is not None and self.streams.get(end.peer[0]) is end:
+            del self.streams[end.peer[0]]
+            self._stream_gone(end, end.peer[0])
+
+    def stream_timed_out(self, end: Endpoint) -> None:
+        """Our kernel gave the stream up."""
+        self.stream_bye(end)
+
+    def resume(self) -> None:
+        """SIGCONT: what queued up is read; whether before or after the timers is chance."""
+        self.is_paused = False
+        if not self.is_up:
+            return
+        inbox, self.inbox = self.inbox, []
+        if self.rng.random() < 0.5:
+            self.tick_due_s = 0.0
+            self._tick(0.0)
+        for action, args in inbox:
+            if self.is_up:
+                action(*args, self.clock())
+                self.drain()
+        self.tick_due_s = float("inf")
+        self._schedule()
+
+
+class World:
+    """The cluster and the verbs of a fault plan."""
+
+    def __init__(
+        self,
+        seed: int,
+        settings: SwimSettings | None = None,
+        make_replica: Callable[[Node], ReplicaHook] | None = None,
+        meta: bytes = b"1.0.0",
+    ) -> None:
+        self.seed = seed
+        self.rng = Random(seed)
+        self.settings = settings or SwimSettings()
+        self.make_replica = make_replica
+        self.meta = meta
+        self.loop = Loop()
+        self.network = Network(self.loop, Random(self.rng.getrandbits(64)))
+        self.hosts: dict[Address, int] = {}
+        self.on_host: dict[int, Node | None] = {}
+        self.nodes: dict[str, Node] = {}
+        self.left: set[str] = set()
+        self.names: dict[str, list[str]] = {}
+        self.log: list[tuple[float, Node, Event]] = []
+        self.complaints: list[str] = []
+        self.tables_pushed = 0
+        self._next_host = 0
+        self.on_events: Callable[[Node], None] | None = None
+
+    # -- what nodes need
+
+    def address(self, host: int) -> Address:
+        return (f"10.{host >> 16}.{host >> 8 & 255}.{host & 255}", PORT)
+
+    def resolve(self, seed: str) -> list[Address]:
+        """A seed is `host:port`; names stand for the addresses the world maps them to, maybe none."""
+        host, _, port = seed.rpartition(":")
+        return [(address, int(port)) for address in self.names.get(host, [host])]
+
+    def arrive(self, data: bytes, host: int, address: Address) -> None:
+        node = self.on_host.get(host)
+        if node is not None:
+            node.datagram(data, address)
+
+    def dial(self, end: Endpoint, address: Address, done: Callable[[bool, bool], None]) -> None:
+        host = self.hosts.get(address)
+
+        def accept(other: Endpoint) -> Endpoint | None:
+            node = self.on_host.get(host) if host is not None else None
+            if node is None:
+                return None
+            accepted = Endpoint(node.host, node)
+            accepted.other, other.other = other, accepted
+            if other.owner is not node:
+                node.adopt(accepted)
+            return accepted
+
+        self.network.dial(end, host, accept, done)
+
+    def complain(self, text: str) -> None:
+        """A checker that lives on the path found something wrong."""
+        if len(self.complaints) < 100:
+            self.complaints.append(f"t={self.loop.now:.3f} {text}")
+
+    def note_events(self, node: Node) -> None:
+        if self.on_events is not None:
+            self.on_events(node)
+
+    # -- verbs
+
+    def start(
+        self,
+        name: str,
+        seeds: Iterable[str] = (),
+        host: int | None = None,
+        clock_offset_s: float = 0.0,
+        drift: float = 0.0,
+    ) -> Node:
+        """Start a process for this name, on its own new host unless one is given."""
+        if host is None:
+            host = self._next_host
+            self._next_host += 1
+            self.hosts[self.address(host)] = host
+        node = Node(self, name, host, clock_offset_s, drift)
+        self.on_host[host] = node
+        self.nodes[name] = node
+        self.names[name] = [self.address(host)[0]]
+        self.left.discard(name)
+        node.swim.join(seeds, node.clock())
+        node.drain()
+        return node
+
+    def crash(self, name: str, host_lost: bool = False) -> None:
+        """kill -9, or the whole host gone without a word."""
+        self.exit(self.nodes.pop(name), host_lost)
+
+    def exit(self, node: Node, host_lost: bool = False) -> None:
+        """End a process; its kernel closes its streams unless the host is lost."""
+        if not node.is_up:
+            return
+        node.is_up = False
+        self.on_host[node.host] = None
+        if self.nodes.get(node.name) is node:
+            del self.nodes[node.name]
+        if host_lost:
+            self.network.lost_hosts.add(node.host)
+        for end in [*node.streams.values(), *node.extra]:
+            self.network.close(end, says_so=not host_lost)
+        node.streams.clear()
+
+    def restart(
+        self, name: str, seeds: Iterable[str], clock_offset_s: float = 0.0, new_address: bool = False
+    ) -> Node:
+        """Kill if alive and start a new life of the name, at once."""
+        old = self.nodes.get(name)
+        host = None
+        if old is not None:
+            host = None if new_address else old.host
+            self.exit(old)
+        return self.start(name, seeds, host, clock_offset_s)
+
+    def pause(self, name: str, pause_s: float) -> None:
+        """SIGSTOP for a while."""
+        node = self.nodes[name]
+        if not node.is_paused:
+            node.is_paused = True
+            self.loop.at(self.loop.now + pause_s, node.resume)
+
+    def leave(self, name: str) -> None:
+        """SIGTERM: farewell, then exit."""
+        node = self.nodes[name]
+        self.left.add(name)
+        node._run(node.swim.leave)
+        self.loop.at(self.loop.now + 1.5, self.exit, node)
+
+    def cut(self, cut: Cut) -> Cut:
+        self.network.cuts.append(cut)
+        return cut
+
+    def mend(self, cut: Cut | None = None) -> None:
+        """End one cut, or all."""
+        if cut is None:
+            self.network.cuts.clear()
+        elif cut in self.network.cuts:
+            self.network.cuts.remove(cut)
+
+    def run(self, seconds: float) -> None:
+        self.loop.run_until(self.loop.now + seconds)
+
+    def seed_of(self, name: str) -> str:
+        """The seed text of a node."""
+        host, port = self.nodes[name].swim.own.address
+        return f"{host}:{port}"
+
+    # -- views
+
+    def all_see_all(self) -> bool:
+        """Every process sees exactly the others alive."""
+        names = sorted(self.nodes)
+        for node in self.nodes.values():
+            if node.swim.live_count != len(names) - 1:
+                return False
+            for name in names:
+                if name != node.name:
+                    member = node.swim.member(name)
+                    if member is None or member.status != Status.ALIVE:
+                        return False
+        return True
+
+    def run_until(self, condition: Callable[[], bool], limit_s: float, step_s: float = 0.01) -> float | None:
+        """Seconds until the condition held, or None."""
+        start_s = self.loop.now
+        while self.loop.now - start_s < limit_s:
+            if condition():
+                return self.loop.now - start_s
+            self.run(step_s)
+        return None
+
+
+def grow(world: World, count: int, settle_s: float = 3.0) -> list[str]:
+    """Start `count` nodes that share the first as seed, and wait until all see all."""
+    names = [f"n{number:04d}" for number in range(count)]
+    first = world.start(names[0])
+    host, port = first.swim.own.address
+    for name in names[1:]:
+        world.start(name, [f"{host}:{port}"])
+    took_s = world.run_until(world.all_see_all, 30.0, 0.1)
+    assert took_s is not None, f"seed {world.seed}: {count} nodes never saw each other"
+    world.run(settle_s)
+    return names
