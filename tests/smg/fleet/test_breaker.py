@@ -182,7 +182,9 @@ def test_every_change_that_is_not_time_is_told():
     assert told == [OPEN]
     permit = breaker.started(10.0)
     assert told == [OPEN, HALF_OPEN]
-    breaker.failed(10.0, permit)
+    breaker.abandoned(permit)
+    assert told == [OPEN, HALF_OPEN, HALF_OPEN]  # one more may start
+    breaker.failed(10.0, breaker.started(10.0))
     assert told[-1] == OPEN
     assert breaker.next_change_s(10.0) == 20.0
 
@@ -208,7 +210,8 @@ OPS = st.lists(st.sampled_from(["start", "ok", "fail", "leave", "second", "minut
 @given(OPS, st.integers(0, 2**32))
 def test_under_any_sequence_trials_are_bounded_and_permits_balance(ops: list[str], seed: int):
     rng = Random(seed)
-    breaker = Breaker(RULES)
+    rules = BreakerRules(failure_threshold=1, success_threshold=2, timeout_s=10.0)
+    breaker = Breaker(rules)
     changes = 0
 
     def changed() -> None:
@@ -235,7 +238,7 @@ def test_under_any_sequence_trials_are_bounded_and_permits_balance(ops: list[str
             else:
                 breaker.abandoned(permit)
         trials = sum(1 for permit in open_permits if permit)
-        assert trials <= RULES.success_threshold
+        assert trials <= rules.success_threshold
         if breaker.state == CLOSED:
             assert breaker.permits(now)
         if breaker.permits(now) != before:
@@ -244,7 +247,7 @@ def test_under_any_sequence_trials_are_bounded_and_permits_balance(ops: list[str
         breaker.abandoned(permit)
     # Whatever happened, a worker that answers well comes back.
     now += 1000.0
-    for _ in range(RULES.success_threshold):
+    for _ in range(rules.success_threshold):
         assert breaker.permits(now)
         succeed(breaker, now)
     assert breaker.state == CLOSED

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from smg.fleet import hash_ring
 from smg.fleet.hash_ring import POINTS, HashRing, position_of
 
 KEYS = [position_of(f"key-{i}") for i in range(10_000)]
@@ -84,6 +85,15 @@ def test_nobody_owns_anything_on_an_empty_ring_or_when_nobody_is_allowed():
     assert HashRing().owner(1, {"a"}) is None
     assert HashRing().natural_owner(1) is None
     assert ring_of(ids(3)).owner(1, set()) is None
+
+
+def test_two_workers_on_one_point_are_told_apart_by_name_not_by_arrival(monkeypatch):
+    monkeypatch.setattr(hash_ring, "xxh3_64_intdigest", lambda name, seed=0: seed)
+    for order in (["a", "b"], ["b", "a"]):
+        ring = HashRing()
+        for name in order:
+            ring.add([name])
+        assert {ring.natural_owner(position) for position in range(POINTS)} == {"a"}
 
 
 def test_adding_twice_and_taking_off_strangers_change_nothing():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from smg.fleet.breaker import BreakerRules
 from smg.fleet.load import ReportRules
 from smg.fleet.worker import LoadReport, Status, WorkerSpec
@@ -134,6 +136,7 @@ def test_overload_lapses_with_its_report_and_lasts_with_a_new_one():
     registry_.reported(workers[0], LoadReport(0.0, waiting=50), RULES)
     assert pool.candidates(2.9) == (workers[1],)
     assert pool.candidates(3.0) == workers
+    assert pool._valid_until_s == math.inf  # a lapsed report is no reason to judge every time
     registry_.reported(workers[0], LoadReport(4.0, waiting=50), RULES)
     assert pool.candidates(4.0) == (workers[1],)
     registry_.reported(workers[0], LoadReport(5.0, waiting=50), RULES)

@@ -186,6 +186,17 @@ def test_a_removed_worker_owns_no_key_even_when_it_comes_back():
     assert owners == {None, shop.workers[1]}
 
 
+def test_a_forgotten_worker_owns_nothing_under_the_same_record_either():
+    workers = workers_of(2)
+    members = {worker.id: worker for worker in workers}
+    keys = StickyMap(100.0)
+    keys.place("k", workers[0], 0.0)
+    keys.forget(workers[0])
+    assert keys.worker_of("k", members, 0.0) is None and keys.keys_of(workers[0]) == 0
+    assert keys.place("k", workers[1], 0.0) == MISS
+    assert keys.worker_of("k", members, 0.0) is workers[1]
+
+
 def test_a_flush_leaves_keys_where_they_are():
     shop = Shop(Manual(Routing()))
     home = shop.serve("k")

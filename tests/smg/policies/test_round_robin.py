@@ -46,5 +46,6 @@ def test_a_retry_that_leaves_one_out_takes_the_next_turn():
 
 def test_a_request_that_named_its_worker_takes_nobodys_turn():
     policy, workers = RoundRobin(Routing()), workers_of(3)
-    policy.placed(call(target=workers[2].id), workers[2], 0.0)
-    assert served(policy, workers, 3) == [0, 1, 2]
+    served(policy, workers, 1)
+    policy.placed(call(target=workers[1].id), workers[1], 0.0)
+    assert served(policy, workers, 3) == [1, 2, 0]
