@@ -40,11 +40,16 @@ def bad_request(message: str, *, status: int = 400, code: str = "bad_request") -
 class RequestHead:
     """One parsed request head.
 
-    `headers` are (lower-case name, value) in the client's order; `fields` maps a name to its last value.
-    `length` is the body's length in bytes, 0 without a body, `LENGTH_CHUNKED` for a chunked one.
+    `headers` are (lower-case name, value) in the client's order, maybe without content-length; `fields` maps a name to
+    its last value. `length` is the body's length in bytes, 0 without a body, `LENGTH_CHUNKED` for a chunked one.
+
+    A head that repeats on its connection is the same object again, with the new `length`. What callers worked out from
+    the rest of it they may keep with it: `endpoint` (whatever the router found) and `worker_lines` (header lines for
+    the worker, by the worker's own key).
     """
 
     __slots__ = (
+        "endpoint",
         "expects_continue",
         "fields",
         "headers",
@@ -53,6 +58,7 @@ class RequestHead:
         "length",
         "method",
         "target",
+        "worker_lines",
     )
 
     def __init__(
@@ -66,19 +72,39 @@ class RequestHead:
         self.length = 0
         self.keep_alive = not is_http10
         self.expects_continue = False
+        self.endpoint: object = None
+        self.worker_lines: dict[bytes | None, bytes] = {}
 
 
 class RequestReader:
     """Cuts one connection's input into request heads.
+
+    Clients that keep a connection send the same head again and again but for the digits of its content-length. So the
+    last good head is remembered as the bytes before and after these digits, and input that begins with both is not
+    parsed again (docs/decisions/0005-heads-that-repeat.md).
 
     `feed` adds bytes; `next_head` gives the next head or None when more bytes are needed. After a head with a body
     the caller takes the body out of `take_input` before it asks for the next head. State after an error is
     undefined: the connection closes.
     """
 
-    __slots__ = ("_headers", "_input", "_parser", "_scanned", "_target")
+    __slots__ = (
+        "_after",
+        "_before",
+        "_headers",
+        "_input",
+        "_is_body_parsed",
+        "_last",
+        "_parser",
+        "_scanned",
+        "_target",
+    )
 
     def __init__(self) -> None:
+        self._before = b""
+        self._after = b""
+        self._last: RequestHead | None = None
+        self._is_body_parsed = False
         self._input = b""
         self._scanned = 0
         self._headers: list[tuple[bytes, bytes]] = []
@@ -121,12 +147,8 @@ class RequestReader:
         else:
             self._input = data[length:]
             data = data[:length]
-        parser = self._parser
-        if parser is not None:
-            try:
-                parser.feed_data(data)
-            except httptools.HttpParserError:
-                self._parser = None
+        if self._is_body_parsed:
+            self.body_done(data)
         return data
 
     def give_back(self, data: bytes) -> None:
@@ -135,6 +157,8 @@ class RequestReader:
 
     def body_done(self, body: bytes | bytearray | None) -> None:
         """The body was taken: shows it to the parser (None: the parser cannot be used again)."""
+        if not self._is_body_parsed:
+            return
         if body is None or self._parser is None:
             self._parser = None
             return
@@ -151,6 +175,11 @@ class RequestReader:
         data = self._input
         if not data:
             return None
+        before = self._before
+        if before and data.startswith(before):
+            repeated = self._repeated(data, len(before))
+            if repeated is not None:
+                return repeated
         if data[0] in b"\r\n":
             data = self._input = _without_leading_line_ends(data)
             self._scanned = 0
@@ -169,6 +198,40 @@ class RequestReader:
         if not _is_clean(head):
             raise bad_request("request head contains a control character or a bare CR or LF")
         return self._parse(head)
+
+    def _repeated(self, data: bytes, at: int) -> RequestHead | None:
+        """The last head again, when only the digits of its length differ."""
+        head = self._last
+        assert head is not None
+        after = self._after
+        end = at
+        if after:
+            end = data.find(b"\r", at, at + 19)
+            digits = data[at:end]
+            if end < 0 or not digits.isdigit() or not data.startswith(after, end):
+                return None
+            head.length = int(digits)
+            head.fields[b"content-length"] = digits
+        self._input = data[end + len(after) :]
+        self._scanned = 0
+        self._is_body_parsed = False
+        return head
+
+    def _remember(self, head: bytes, request: RequestHead) -> None:
+        """Keeps a head that may repeat; one with a coding or an expectation has state of its own."""
+        self._before = b""
+        if request.length == LENGTH_CHUNKED or b"expect" in request.fields or b"upgrade" in request.fields:
+            return
+        self._last = request
+        digits = request.fields.get(b"content-length")
+        if digits is None:
+            self._before, self._after = head, b""
+            return
+        # The name is given once (checked) and cannot be inside a value, which holds no line end.
+        at = head.find(digits, head.lower().find(b"\r\ncontent-length:") + 17)
+        self._before, self._after = head[:at], head[at + len(digits) :]
+        # The list keeps the head's order; a length in it would be that of another body.
+        request.headers = [header for header in request.headers if header[0] != b"content-length"]
 
     def _parse(self, head: bytes) -> RequestHead:
         parser = self._parser
@@ -190,6 +253,8 @@ class RequestReader:
             raise bad_request(f"HTTP/{version} is not served; use HTTP/1.1")
         request = RequestHead(parser.get_method(), self._target, headers, version == "1.0")
         _check_fields(request)
+        self._is_body_parsed = True
+        self._remember(head, request)
         return request
 
     def _check_unfinished(self, data: bytes) -> None:
@@ -230,6 +295,10 @@ def _check_fields(request: RequestHead) -> None:
         for name in (b"host", b"content-length", b"transfer-encoding"):
             if name in fields and sum(1 for header in request.headers if header[0] == name) > 1:
                 raise bad_request(f"header {name.decode()} is given twice")
+        if b"connection" in fields:  # `fields` has the last line; every line counts
+            fields[b"connection"] = b",".join(
+                value for name, value in request.headers if name == b"connection"
+            )
     if b"host" not in fields and not request.is_http10:
         raise bad_request("header host is missing (HTTP/1.1 needs it)")
     coding = fields.get(b"transfer-encoding")
@@ -383,6 +452,7 @@ _REASONS = {
 }
 
 STATUS_LINES: dict[int, bytes] = {
-    status: f"HTTP/1.1 {status} {_REASONS.get(status, '')}\r\n".encode() for status in range(100, 600)
+    status: f"HTTP/1.1 {status} {_REASONS.get(status, '')}\r\n".encode() for status in range(100, 1000)
 }
-"""The status line of every answer; an HTTP/1.0 client gets a 1.1 line too, as RFC 9110 section 6.2 allows."""
+"""The status line of every answer, codes that nobody defined too, for a worker may send them (DN-1). An HTTP/1.0 client
+gets a 1.1 line, as RFC 9110 section 6.2 allows."""
