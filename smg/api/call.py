@@ -38,7 +38,6 @@ class Call:
         model: str,
         body: bytes,
         document: dict[str, Any],
-        *,
         is_stream: bool = False,
         routing_key: str | None = None,
         target: str | None = None,

@@ -17,7 +17,7 @@ from smg.net.exchange import Exchange
 from smg.net.pool import ConnectionPool, Origin
 from smg.net.readiness import Parking
 from smg.net.upstream import Upstream
-from smg.wire.headers import Header, forwarded
+from smg.wire.headers import forwarded_lines
 from smg.wire.json_splice import insert_members
 
 
@@ -69,7 +69,6 @@ class HttpWorkers:
         call: Call,
         worker: Worker,
         lines: Lines,
-        headers: list[Header],
         query: bytes,
         exchange: Exchange,
     ) -> Upstream:
@@ -91,9 +90,18 @@ class HttpWorkers:
             body = insert_members(body, {"data_parallel_rank": lines.rank})
         if query:
             start = start.replace(b" HTTP/1.1", b"?" + query + b" HTTP/1.1", 1)
-        head = b"%b%bcontent-length: %d\r\n\r\n" % (
+        client = exchange.head
+        key = lines.key
+        if exchange.trace_lines is None:
+            forwarded = client.worker_lines.get(key)
+            if forwarded is None:
+                forwarded = client.worker_lines[key] = forwarded_lines(client.headers, key, self._is_secret)
+        else:
+            forwarded = forwarded_lines(client.headers, key, self._is_secret, exchange.trace_lines)
+        head = b"%bx-request-id: %b\r\n%bcontent-length: %d\r\n\r\n" % (
             start,
-            forwarded(headers, call.request_id, lines.key, self._is_secret, exchange.trace_lines),
+            call.request_id.encode(),
+            forwarded,
             len(body),
         )
         pool = self._pool

@@ -51,8 +51,8 @@ class App:
         self._log = log
         self._rng = rng
         self._id_headers = tuple(name.lower().encode("latin-1") for name in id_headers)
-        # Without keys nothing stands between the route and the endpoint.
-        self._is_direct = gates.is_serving_open
+        # Without keys and CORS nothing stands between the route and the endpoint.
+        self._is_direct = gates.is_serving_open and cors is None
         self._inference: dict[bytes, Endpoint] = {
             path.encode(): endpoint for path, endpoint in ENDPOINTS.items()
         }
@@ -63,13 +63,21 @@ class App:
     def handle(self, exchange: Exchange) -> Awaitable[None]:
         """Serves one request. Raises `GatewayError` for `refuse`, `ClientGone`, `ShuttingDown`."""
         head = exchange.head
+        endpoint = head.endpoint
+        if endpoint is not None:
+            # The head repeats one that was found to need nothing but a new id.
+            assert isinstance(endpoint, Endpoint)
+            exchange.request_id = f"{endpoint.id_prefix}{self._rng.getrandbits(96):024x}"
+            return self._generate.serve(exchange, endpoint, b"")
         endpoint = self._inference.get(head.target)
         if endpoint is None or head.method != b"POST":
             return self._serve_by_path(exchange)
         self._identify(exchange, endpoint.id_prefix)
-        if self._is_direct:
-            return self._generate.serve(exchange, endpoint, b"")
-        return self._infer(exchange, endpoint, b"")
+        if not self._is_direct:
+            return self._infer(exchange, endpoint, b"")
+        if head.fields.keys().isdisjoint(self._id_headers):
+            head.endpoint = endpoint
+        return self._generate.serve(exchange, endpoint, b"")
 
     async def _serve_by_path(self, exchange: Exchange) -> None:
         path, query = split_target(exchange.head.target)

@@ -99,7 +99,16 @@ class Dispatch:
         now = self._readiness.now_s
         self._budget.requested(now)
         exchange.parking.deadline_s = exchange.started_s + self._timeout_s
-        worker = self.choose(call, lane.policy, self.candidates(call, pool, now), now)
+        candidates: Sequence[Worker] = pool.candidates(now)
+        if call.target is not None or self._sheds_overload or not candidates:
+            candidates = self.candidates(call, pool, now)
+        if len(candidates) == 1:
+            worker = candidates[0]
+        else:
+            chosen = lane.policy.choose(call, candidates, now, self._rng)
+            if chosen is None:
+                raise problem.no_available_workers()
+            worker = chosen
         attempts = 1
         attempts_max = self._rules.attempts_max if call.endpoint.may_retry else 1
         answered = await self._attempt(exchange, call, worker, lane, query, attempts < attempts_max)
@@ -160,7 +169,7 @@ class Dispatch:
         is_success: bool | None = None
         told = Told()
         try:
-            upstream = await self._workers.open(call, worker, lines, exchange.head.headers, query, exchange)
+            upstream = await self._workers.open(call, worker, lines, query, exchange)
             status = upstream.status
             is_success = status == 200 or not is_failure(status, worker)
             if may_retry and not is_success and self._rules.is_retryable(status):

@@ -125,9 +125,10 @@ class Generate:
             model,
             body,
             document,
-            is_stream=document.get("stream") is True,
-            target=target.decode("latin-1").strip() if target else None,
-            request_id=exchange.request_id,
+            document.get("stream") is True,
+            None,
+            target.decode("latin-1").strip() if target else None,
+            exchange.request_id,
         )
 
     def _lane(self, call: Call, pool: Pool) -> Lane:

@@ -81,7 +81,11 @@ def whole_answer(exchange: Exchange, upstream: Upstream, id_line: bytes, told: T
     """
     body = upstream.take()
     length = upstream.length
-    head = exchange.head_block(upstream.status, returned(upstream.headers) + id_line, length)
+    lines = upstream.head_lines
+    if lines is None:
+        lines = returned(upstream.headers) + id_line
+        upstream.keep_lines(lines)
+    head = exchange.head_block(upstream.status, lines, length)
     if body:
         told.usage = usage_of(body[-TAIL_BYTES:])
         if length is not None:

@@ -22,20 +22,38 @@ JOINED_BYTES_MAX = (
 )  # head and body below this are joined into one send; above, gathered without a copy
 
 
+class _LastHead:
+    """The head of the last answer on a connection, and the lines for the client that were made of it."""
+
+    __slots__ = ("content_type", "headers", "lines", "status")
+
+    def __init__(self, status: int, headers: list[tuple[bytes, bytes]], content_type: bytes) -> None:
+        self.status = status
+        self.headers = headers
+        self.content_type = content_type
+        self.lines: bytes | None = None
+
+
 class Upstream:
     """A connection to a worker with the answer being read on it.
 
     After `send` and `read_head`: `status`, `headers` (lower-case name, value) and `length` (None: chunked or until
     close) and `content_type` (empty without one). Body pieces collect in `pieces`; the reader takes them with `take`. `is_complete` tells that the body has
-    ended, `may_be_reused` then tells whether the connection may serve another request.
+    ended, `may_be_reused` then tells whether the connection may serve another request. `head_lines` are the lines for
+    the client when an earlier answer with the same head left them here (`keep_lines`).
     """
 
     __slots__ = (
+        "_after",
+        "_before",
         "_is_head_request",
+        "_last",
         "_parser",
+        "_raw",
         "_unsent",
         "connection",
         "content_type",
+        "head_lines",
         "headers",
         "idle_since_s",
         "is_chunked",
@@ -57,6 +75,10 @@ class Upstream:
         self.is_fresh = True
         self._is_head_request = False
         self._unsent = b""
+        self._raw = b""
+        self._before = b""
+        self._after = b""
+        self._last = _LastHead(0, [], b"")
         self._begin()
 
     def _begin(self) -> None:
@@ -66,6 +88,7 @@ class Upstream:
         self.length: int | None = None
         self.content_type = b""
         self.is_chunked = False
+        self.head_lines: bytes | None = None
         self.is_complete = False
         self.may_be_reused = False
         self.was_sent = False
@@ -99,7 +122,17 @@ class Upstream:
         except ConnectionLost:
             raise self._broken("connection lost") from None
         if data:
+            before = self._before
+            if (
+                not self.received_bytes
+                and before
+                and data.startswith(before)
+                and self._repeated(data, len(before))
+            ):
+                self.received_bytes = len(data)
+                return
             self.received_bytes += len(data)
+            self._raw = data
             try:
                 self._parser.feed_data(data)
             except _PARSER_ERRORS:
@@ -186,6 +219,12 @@ class Upstream:
         self.pieces = []
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
+    def keep_lines(self, lines: bytes) -> None:
+        """Leaves what was made of this answer's headers for the next answer with the same head."""
+        last = self._last
+        if last.headers is self.headers:
+            last.lines = lines
+
     def close(self) -> None:
         """Closes the connection; the worker sees it and aborts what it still computes."""
         self.connection.close()
@@ -198,11 +237,6 @@ class Upstream:
 
     # What httptools calls.
 
-    def on_message_begin(self) -> None:
-        """A second answer on one request: whatever it is, this connection is not used again."""
-        if self.is_complete:
-            self.may_be_reused = False
-
     def on_header(self, name: bytes, value: bytes) -> None:
         """One header line."""
         self.headers.append((name.lower(), value))
@@ -210,6 +244,8 @@ class Upstream:
     def on_headers_complete(self) -> None:
         """The head has ended."""
         if self.is_complete:
+            # A second answer on one request: whatever it is, this connection is not used again.
+            self.may_be_reused = False
             return
         status = self._parser.get_status_code()
         if status < 200:
@@ -241,6 +277,47 @@ class Upstream:
             self.is_complete = True
             # A HEAD answer leaves the parser waiting for a body: only a regular end allows another request.
             self.may_be_reused = self._parser.should_keep_alive()
+            self._remember()
+        self._raw = b""
+
+    def _repeated(self, data: bytes, at: int) -> bool:
+        """Whether `data` is the last answer's head again, with another length and the whole body: then it is read."""
+        after = self._after
+        end = data.find(b"\r", at, at + 19)
+        digits = data[at:end]
+        if end < 0 or not digits.isdigit() or not data.startswith(after, end):
+            return False
+        length = int(digits)
+        start = end + len(after)
+        if len(data) - start != length or self._is_head_request:
+            return False
+        last = self._last
+        self.status = last.status
+        self.headers = last.headers
+        self.content_type = last.content_type
+        self.head_lines = last.lines
+        self.length = length
+        if length:
+            self.pieces.append(data[start:])
+        self.is_head_done = self.is_complete = self.may_be_reused = True
+        return True
+
+    def _remember(self) -> None:
+        """Keeps the head of a whole answer that came in one piece; the next one is likely the same but for its length."""
+        self._before = b""
+        raw = self._raw
+        if self.length is None or len(raw) != self.received_bytes or not self.may_be_reused:
+            return
+        digits = next(value for name, value in self.headers if name == b"content-length")
+        end = raw.find(b"\r\n\r\n") + 4
+        at = raw[:end].lower().find(b"\r\ncontent-length:")
+        if at < 0 or end < 4 or raw.startswith(b"HTTP/1.1 1"):
+            return
+        at = raw.find(digits, at + 17, end)
+        if at < 0:
+            return
+        self._before, self._after = raw[:at], raw[at + len(digits) : end]
+        self._last = _LastHead(self.status, self.headers, self.content_type)
 
     def _unparsed(self) -> None:
         """The worker sent what is not HTTP: after the end of the answer only the connection is lost."""

@@ -108,7 +108,20 @@ def forwarded(
     is a gateway key, in which case its header is left out (SEC-3); None when the gateway has no keys. `trace` are
     lines that replace the client's `traceparent` and `tracestate`, or None to pass those through (TRC-1).
     """
-    pieces = [b"x-request-id: ", request_id.encode("latin-1"), b"\r\n"]
+    return b"x-request-id: %b\r\n%b" % (
+        request_id.encode("latin-1"),
+        forwarded_lines(headers, worker_key, is_secret, trace),
+    )
+
+
+def forwarded_lines(
+    headers: Sequence[Header],
+    worker_key: bytes | None = None,
+    is_secret: Callable[[bytes], bool] | None = None,
+    trace: bytes | None = None,
+) -> bytes:
+    """As `forwarded`, without the request id: the same for every request with the same head."""
+    pieces: list[bytes] = []
     start_of = _TO_WORKER.get
     for name, value in headers:
         start = start_of(name)

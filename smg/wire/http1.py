@@ -40,8 +40,8 @@ def bad_request(message: str, *, status: int = 400, code: str = "bad_request") -
 class RequestHead:
     """One parsed request head.
 
-    `headers` are (lower-case name, value) in the client's order, maybe without content-length; `fields` maps a name to
-    its last value. `length` is the body's length in bytes, 0 without a body, `LENGTH_CHUNKED` for a chunked one.
+    `headers` are (lower-case name, value) in the client's order; `fields` maps a name to its last value.
+    `length` is the body's length in bytes, 0 without a body, `LENGTH_CHUNKED` for a chunked one.
 
     A head that repeats on its connection is the same object again, with the new `length`. What callers worked out from
     the rest of it they may keep with it: `endpoint` (whatever the router found) and `worker_lines` (header lines for
@@ -95,6 +95,7 @@ class RequestReader:
         "_input",
         "_is_body_parsed",
         "_last",
+        "_length_at",
         "_parser",
         "_scanned",
         "_target",
@@ -104,6 +105,7 @@ class RequestReader:
         self._before = b""
         self._after = b""
         self._last: RequestHead | None = None
+        self._length_at = 0
         self._is_body_parsed = False
         self._input = b""
         self._scanned = 0
@@ -212,6 +214,7 @@ class RequestReader:
                 return None
             head.length = int(digits)
             head.fields[b"content-length"] = digits
+            head.headers[self._length_at] = (b"content-length", digits)
         self._input = data[end + len(after) :]
         self._scanned = 0
         self._is_body_parsed = False
@@ -230,8 +233,7 @@ class RequestReader:
         # The name is given once (checked) and cannot be inside a value, which holds no line end.
         at = head.find(digits, head.lower().find(b"\r\ncontent-length:") + 17)
         self._before, self._after = head[:at], head[at + len(digits) :]
-        # The list keeps the head's order; a length in it would be that of another body.
-        request.headers = [header for header in request.headers if header[0] != b"content-length"]
+        self._length_at = request.headers.index((b"content-length", digits))
 
     def _parse(self, head: bytes) -> RequestHead:
         parser = self._parser
