@@ -7,35 +7,42 @@ actual cached tokens). It starts from a table, it may start wrong by a factor of
 number is clamped, so that one absurd answer cannot bend a choice for long. It never reads a clock.
 
 The form of the prefill is `a + u / R + k * u * (h + u / 2)` for u uncached tokens behind h cached ones:
-a fixed part, a linear part and attention (docs/routing.md 4.1). It is linear in (a, 1/R, k), so the fit
-is recursive least squares with exponential forgetting (Ljung, "System Identification", 2nd ed., 11.2),
-on relative errors: a short prefill counts as much as a long one.
+a fixed part, a linear part and attention (docs/routing.md 4.1). It is fitted by exponentiated gradient
+(Kivinen and Warmuth 1997): each part is multiplied by the error to the power of its share in the
+prediction. The study proposes recursive least squares; that was tried first, and it went astray where
+slots were full and most answers said nothing about prefill: clamps and covariance disagreed, and two
+parts ran away against each other. Here all parts stay positive, and a part that had no share in a
+prediction is left alone.
 """
 
 from __future__ import annotations
 
+import math
 import re
 
 import msgspec
 
-FORGETTING = 0.995
-"""Weight of an observation per later one: about the last 200 count."""
-FORGETTING_FAST = 0.9
-"""The same at the start and while errors lean to one side: about the last 10 count."""
-BIAS_RATIO = 0.2
-"""A mean relative error beyond this is not noise."""
-NOISE_RATIO = 0.2
-"""Assumed relative error of one observation: waits are estimated and engines batch."""
-OUTLIER_RATIO = 1.0
-"""An error beyond this share of the prediction is cut to it: a stalled request must not teach much."""
-CERTAINTY_MAX = 4.0
-"""Bound of each parameter's relative variance, so that forgetting without news does not wind up."""
+GAP_RATIO = 0.5
+"""A gap between two first bytes that is longer than expected by more than this was no prefill."""
+ERROR_MAX = 1.0
+"""Bound of one answer's logarithmic error: a stalled request must not teach much."""
+UPWARD_SHARE = 0.25
+"""Weight of an answer that took longer than predicted. Nothing makes a prefill shorter than it is, much makes it seem
+longer: full slots, full memory, a busy host. So the fit follows the lower part of what is seen (an expectile; Newey
+and Powell 1987): some percent too fast on a noisy worker, and never many times too slow on a full one."""
+RATE_FIRST = 0.6
+RATE_LAST = 0.08
+"""Share of an error that is corrected: at first most of it, later about 1 in 12, so that the last dozens count."""
+RATE_ANSWERS = 8
+"""Answers after which the rate has fallen by half."""
 MODELS_MAX = 1_024
 """(model, worker class) pairs with their own fit."""
 
-_BASE_S = (0.0, 2.0)
+_BASE_S = (1e-5, 0.5)
 _PER_TOKEN_S = (1e-8, 5e-2)
-_PER_PAIR_S = (0.0, 1e-6)
+_PER_PAIR_S = 1e-13
+_PAIRS_PER_TOKEN = 1 / 8_000
+"""Attention costs as much as all the rest at no less context than this (today's models: 20 to 100 thousand)."""
 
 
 class PrefillSeed(msgspec.Struct, frozen=True):
@@ -73,17 +80,13 @@ class PrefillModel:
     Invariant: all three parameters are within their clamps, so `seconds` grows with uncached tokens.
     """
 
-    __slots__ = ("_bias", "_units", "_variance", "base_s", "observations", "per_pair_s", "per_token_s")
+    __slots__ = ("base_s", "observations", "per_pair_s", "per_token_s")
 
     def __init__(self, seed: PrefillSeed | None = None) -> None:
         seed = seed if seed is not None else PrefillSeed()
         self.base_s = _clamped(seed.base_s, _BASE_S)
         self.per_token_s = _clamped(seed.per_token_s, _PER_TOKEN_S)
-        self.per_pair_s = _clamped(seed.per_pair_s, _PER_PAIR_S)
-        # Parameters are fitted in units of their seeds, starting 100 % unsure and uncorrelated.
-        self._units = (max(self.base_s, 1e-3), self.per_token_s, max(self.per_pair_s, 1e-11))
-        self._variance = [[1.0 if row == column else 0.0 for column in range(3)] for row in range(3)]
-        self._bias = 0.0
+        self.per_pair_s = _clamped(seed.per_pair_s, (_PER_PAIR_S, _PAIRS_PER_TOKEN * self.per_token_s))
         self.observations = 0
 
     def seconds(self, uncached_tokens: float, cached_tokens: float) -> float:
@@ -94,45 +97,32 @@ class PrefillModel:
             + self.per_pair_s * uncached_tokens * (cached_tokens + 0.5 * uncached_tokens)
         )
 
-    def observe(self, uncached_tokens: float, cached_tokens: float, seconds: float) -> float:
-        """Learn from one prefill that took `seconds` (without its wait); the relative error before learning."""
+    def observe(
+        self, uncached_tokens: float, cached_tokens: float, seconds: float, is_queued: bool = False
+    ) -> float:
+        """Learn from one prefill that took `seconds` (without its wait); the relative error before learning.
+
+        `is_queued` when the time is the gap to the first byte before it. Such a gap is the prefill or
+        longer: an engine whose slots or memory are full waits for a running answer to end, and that
+        must not be taken for prefill. So gaps teach only downwards and a little up.
+        """
         predicted = self.seconds(uncached_tokens, cached_tokens)
         error = seconds / predicted - 1.0
-        cut = _clamped(error, (-OUTLIER_RATIO, OUTLIER_RATIO))
-        # Errors to one side mean that the worker changed or the seed was wrong: then the past counts less.
-        self._bias += 0.1 * (cut - self._bias)
-        keep = FORGETTING if abs(self._bias) < BIAS_RATIO and self.observations >= 20 else FORGETTING_FAST
-        gain = self._gain(uncached_tokens, cached_tokens, predicted, keep)
-        units = self._units
-        self.base_s = _clamped(self.base_s + units[0] * gain[0] * cut, _BASE_S)
-        step = _clamped(units[1] * gain[1] * cut, (-0.67 * self.per_token_s, 2.0 * self.per_token_s))
-        self.per_token_s = _clamped(self.per_token_s + step, _PER_TOKEN_S)
-        self.per_pair_s = _clamped(self.per_pair_s + units[2] * gain[2] * cut, _PER_PAIR_S)
+        if is_queued and error > GAP_RATIO:
+            return error
+        change = math.log(max(seconds, 1e-6) / predicted)
+        change = max(change, -ERROR_MAX) if change < 0.0 else UPWARD_SHARE * min(change, ERROR_MAX)
+        change *= max(RATE_LAST, RATE_FIRST / (1.0 + self.observations / RATE_ANSWERS))
+        base = self.base_s / predicted
+        linear = self.per_token_s * uncached_tokens / predicted
+        self.base_s = _clamped(self.base_s * math.exp(change * base), _BASE_S)
+        self.per_token_s = _clamped(self.per_token_s * math.exp(change * linear), _PER_TOKEN_S)
+        self.per_pair_s = _clamped(
+            self.per_pair_s * math.exp(change * (1.0 - base - linear)),
+            (_PER_PAIR_S, _PAIRS_PER_TOKEN * self.per_token_s),
+        )
         self.observations += 1
         return error
-
-    def _gain(self, uncached: float, cached: float, predicted: float, keep: float) -> list[float]:
-        """One step of the covariance; how far each parameter moves per unit of relative error."""
-        units = self._units
-        features = (
-            units[0] / predicted,
-            units[1] * uncached / predicted,
-            units[2] * uncached * (cached + 0.5 * uncached) / predicted,
-        )
-        variance = self._variance
-        spread = [sum(line[column] * features[column] for column in range(3)) for line in variance]
-        total = NOISE_RATIO**2 * keep + sum(features[row] * spread[row] for row in range(3))
-        gain = [value / total for value in spread]
-        for row in range(3):
-            for column in range(3):
-                variance[row][column] = (variance[row][column] - gain[row] * spread[column]) / keep
-        largest = max(variance[0][0], variance[1][1], variance[2][2])
-        if largest > CERTAINTY_MAX:
-            shrink = CERTAINTY_MAX / largest
-            for line in variance:
-                for column in range(3):
-                    line[column] *= shrink
-        return gain
 
 
 class PrefillModels:

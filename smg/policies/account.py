@@ -32,6 +32,7 @@ class Open:
 
     __slots__ = (
         "is_clean",
+        "is_queued",
         "is_stream",
         "observed_s",
         "predicted_tokens",
@@ -52,6 +53,8 @@ class Open:
         self.question = question
         self.is_clean = False
         """Whether its time to first byte, or the gap to the one before, will be its own prefill."""
+        self.is_queued = False
+        """Whether it waited for one of ours."""
         self.observed_s: float | None = None
         """Seconds its prefill took, when that could be seen."""
         self.slowdown = 1.0
@@ -62,6 +65,7 @@ class Account:
     """The account of one worker. `open` holds requests whose first byte has not come, in order of sending."""
 
     __slots__ = (
+        "blocked_s",
         "capacity",
         "empty_s",
         "fit",
@@ -84,6 +88,8 @@ class Account:
         self.open: dict[object, Open] = {}
         self.seconds = 0.0  # invariant: the sum over `open`
         self.last_first_s = float("-inf")
+        self.blocked_s = float("-inf")
+        """When a report last told that all of ours wait and none is in prefill: slots or memory are full."""
         self.report: LoadReport | None = None
         self.reported_s = 0.0  # everybody's backlog when `report` came
         self.is_shared = False  # whether `report` told of requests that are not ours
@@ -129,6 +135,8 @@ class Account:
         own = self.own_s(report.at_s)
         fit = self.fit
         waiting = report.waiting
+        if self.open and waiting >= len(self.open):
+            self.blocked_s = report.at_s
         if waiting and report.waiting_tokens is not None:
             backlog = waiting * fit.base_s + report.waiting_tokens * fit.per_token_s
         else:
@@ -162,7 +170,10 @@ class Account:
         request = self.open.pop(key, None)
         if request is None:
             return
+        if self.blocked_s >= request.sent_s:
+            request.is_clean = False
         if request.is_clean and (not self.open or request.sent_s <= next(iter(self.open.values())).sent_s):
+            request.is_queued = self.last_first_s > request.sent_s
             request.observed_s = now - max(request.sent_s, self.last_first_s)
             request.slowdown = slower
         self._drop(request)

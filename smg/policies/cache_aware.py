@@ -264,7 +264,8 @@ class CacheAware:
             # An engine that does not tell what it had cached teaches only where nothing could be.
             had = min(cached, prompt - 1) if cached is not None else 0
             if cached is not None or not predicted:
-                account.fit.observe(prompt - had, had, request.observed_s / request.slowdown)
+                seconds = request.observed_s / request.slowdown
+                account.fit.observe(prompt - had, had, seconds, request.is_queued)
         if cached is None:
             return
         if predicted:
