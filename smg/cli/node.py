@@ -61,6 +61,8 @@ class Node:
         self._settings = settings
         self._readiness = readiness
         self._rng = rng
+        # Choices have a random state of their own: `explain` copies it to tell the next choice (EXP-3).
+        self._choice_rng = Random(rng.getrandbits(128))
         self.log = logs.logger("smg")
         self.metrics = Metrics(settings.telemetry.prometheus_duration_buckets)
         self._is_draining = False
@@ -147,6 +149,7 @@ class Node:
             self._tallies,
             self._probes_service.note_refused,
             self._readiness,
+            self._choice_rng,
             self._rng,
             timeout_s=settings.retries.request_timeout_secs,
             resend_bytes_max=settings.listening.max_buffered_request_bytes,
@@ -183,7 +186,7 @@ class Node:
         explain = Explain(
             self.registry,
             self._policies,
-            self._rng,
+            self._choice_rng,
             lambda: self._readiness.now_s,
             routing_key_headers=settings.routing.routing_key_headers,
             keys_override=settings.routing.routing_key_override,

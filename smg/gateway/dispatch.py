@@ -73,6 +73,7 @@ class Dispatch:
         tallies: Tallies,
         note_refused: Callable[[Worker], None],
         readiness: Readiness,
+        choice_rng: Random,
         rng: Random,
         *,
         timeout_s: float,
@@ -86,6 +87,7 @@ class Dispatch:
         self._tallies = tallies
         self._note_refused = note_refused
         self._readiness = readiness
+        self._choice_rng = choice_rng
         self._rng = rng
         self._timeout_s = timeout_s
         self._resend_bytes_max = resend_bytes_max
@@ -105,7 +107,7 @@ class Dispatch:
         if len(candidates) == 1:
             worker = candidates[0]
         else:
-            chosen = lane.policy.choose(call, candidates, now, self._rng)
+            chosen = lane.policy.choose(call, candidates, now, self._choice_rng)
             if chosen is None:
                 raise problem.no_available_workers()
             worker = chosen
@@ -146,7 +148,7 @@ class Dispatch:
         """The policy's word; a lone candidate needs none. Raises `GatewayError` 503 when it names nobody."""
         if len(candidates) == 1:
             return candidates[0]
-        worker = policy.choose(call, candidates, now, self._rng)
+        worker = policy.choose(call, candidates, now, self._choice_rng)
         if worker is None:
             raise problem.no_available_workers()
         return worker

@@ -75,7 +75,7 @@ class Explain:
         checks.check(endpoint, document)
         model = model_of(self._registry, document.get("model") or "")
         pool = pool_of(self._registry, model)
-        policy = self._policies.policy_for(pool.model)
+        policy = self._policies.policy_for(model)
         fields = dict(request.headers)
         target = fields.get(b"x-smg-target-worker", b"").decode("latin-1").strip()
         key = None

@@ -83,7 +83,7 @@ class Generate:
             pool = self._registry.pool(call.model)
             if pool is None:
                 raise no_pool(self._registry, call.model)
-            lane = self._lanes.get((endpoint.path, pool.model, call.is_stream)) or self._lane(call, pool)
+            lane = self._lanes.get((endpoint.path, call.model, call.is_stream)) or self._lane(call, pool)
             if lane.needs_key:
                 call.routing_key = routing_key_of(fields, self._key_headers)
             queued_s = 0.0
@@ -133,10 +133,11 @@ class Generate:
 
     def _lane(self, call: Call, pool: Pool) -> Lane:
         """A new lane; kept until the fleet's models change."""
-        policy = self._policies.policy_for(pool.model)
+        policy = self._policies.policy_for(call.model)
         lane = self._tallies.lane(call.endpoint, pool.model, policy, call.is_stream, self._needs_key)
-        if len(self._lanes) < LANES_MAX:
-            self._lanes[call.endpoint.path, pool.model, call.is_stream] = lane
+        if pool.model and len(self._lanes) < LANES_MAX:
+            # Names that nobody claims are made up by clients: their policies live in a bounded table, not here.
+            self._lanes[call.endpoint.path, call.model, call.is_stream] = lane
         return lane
 
     def _changed(self, change: object) -> None:
