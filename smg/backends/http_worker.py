@@ -9,16 +9,36 @@ request was read on it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 from smg.api.call import Call
 from smg.errors import UpstreamError
 from smg.fleet.worker import Worker
-from smg.net.exchange import Exchange
 from smg.net.pool import ConnectionPool, Origin
 from smg.net.readiness import Parking
 from smg.net.upstream import Upstream
 from smg.wire.headers import forwarded_lines
+from smg.wire.http1 import RequestHead
 from smg.wire.json_splice import insert_members
+
+
+class Asker(Protocol):
+    """What sending needs of an `Exchange`; the second leg of a pair asks from a task of its own."""
+
+    @property
+    def head(self) -> RequestHead:
+        """The client's request."""
+        ...
+
+    @property
+    def trace_lines(self) -> bytes | None:
+        """Lines instead of the client's trace headers (TRC-1)."""
+        ...
+
+    @property
+    def parking(self) -> Parking:
+        """Where the sending task waits."""
+        ...
 
 
 class Lines:
@@ -70,7 +90,7 @@ class HttpWorkers:
         worker: Worker,
         lines: Lines,
         query: bytes,
-        exchange: Exchange,
+        exchange: Asker,
     ) -> Upstream:
         """Sends the call and waits for the answer's head; the caller gives the `Upstream` back with `close`.
 
