@@ -121,7 +121,8 @@ class Snapshots:
             self._home.count("abandoned_snapshots")
 
     def accept(self, peer: str, snap: Snap, now: float) -> bool:
-        """Is this the chunk we wait for? If one is missing, the fetch is given up and needed again."""
+        """Is this the chunk we wait for? When one is missing (no stream loses any) the fetch stands still and is given
+        up in time; asking again at once could turn into a storm of questions."""
         current = self.inbound
         if current is None or (current.peer, current.source, current.key) != (
             peer,
@@ -132,9 +133,6 @@ class Snapshots:
         if snap.flags & LOST:
             return True
         if snap.index != current.next_index:
-            if snap.index > current.next_index:
-                self.inbound = None
-                self.need(current.source, current.key, peer)
             return False
         current.next_index += 1
         current.until_s = now + self._home.settings.snapshot_idle_s

@@ -396,6 +396,7 @@ class World:
     def settle(self, seconds: float = 40.0) -> None:
         """No more faults; long enough for every repair."""
         self.loss = self.duplicate = 0.0
+        self.reorder = False
         self.heal()
         self.run(seconds)
 
