@@ -119,7 +119,7 @@ class Dispatch:
         tried = [worker]
         while True:
             assert isinstance(answered, Failed)
-            again = await self._next_worker(
+            again = await self.next_worker(
                 exchange, call, pool, lane.policy, worker, tried, attempts, answered
             )
             if again is None:
@@ -159,8 +159,7 @@ class Dispatch:
         """One attempt on `worker`: the status that was relayed, or why nothing was."""
         readiness = self._readiness
         started_s = readiness.now_s
-        breaker = worker.breaker
-        permit = breaker.started(started_s)
+        permit = worker.breaker.started(started_s)
         chars = len(call.text()) if lane.needs_text else 0
         load.begin(worker, chars)
         if lane.tells_placed:
@@ -175,48 +174,69 @@ class Dispatch:
             status = upstream.status
             is_success = status == 200 or not is_failure(status, worker)
             if may_retry and not is_success and self._rules.is_retryable(status):
-                held = await _hold(exchange, upstream, lines)
+                held = await hold(exchange, upstream, lines)
                 if held is not None:
-                    self._note_rest(worker, held, started_s)
+                    self.note_rest(worker, held, started_s)
                     lane.upstream(status)
                     return Failed(held=held)
             if upstream.is_complete and upstream.length is not None and not call.endpoint.is_rerank:
                 if not exchange.write_nowait(whole_answer(exchange, upstream, lines.id_line, told)):
                     await exchange.flush()
                 return status
-            told = await self._relay(exchange, call, worker, lane.policy, upstream, lines, started_s, told)
+            told = await self.relay(exchange, call, worker, lane.policy, upstream, lines, started_s, told)
             if told.failure is not None:
                 is_success = False
                 self._tallies.worker_error(worker, told.failure.kind)
             return status
         except UpstreamError as error:
             is_success = False
-            self._tallies.worker_error(worker, error.kind)
-            if error.kind == UpstreamError.REFUSED:
-                self._note_refused(worker)
+            self.note_failure(worker, error)
             return Failed(error=error)
         except BaseException:
             is_success = None  # the client left, or we shut down: the worker is not to blame (STR-9)
             raise
         finally:
-            now = readiness.now_s
             if upstream is not None:
                 self._workers.close(lines, upstream)
-            load.end(worker, chars)
-            if is_success:
-                breaker.succeeded(now, permit)
-            elif is_success is None:
-                breaker.abandoned(permit)
-            else:
-                breaker.failed(now, permit)
-            usage = told.usage
-            if usage is not None or told.first_byte_s is not None:
-                ttft_s = None if told.first_byte_s is None else told.first_byte_s - started_s
-                lane.generated(ttft_s, now - started_s, usage)
-            if lane.tells_finished:
-                self._settle(call, worker, lane.policy, upstream, told, is_success, started_s, now)
+            status = 0 if upstream is None else upstream.status
+            self.end(call, worker, lane, permit, chars, status, told, is_success, started_s)
 
-    async def _relay(
+    def end(
+        self,
+        call: Call,
+        worker: Worker,
+        lane: Lane,
+        permit: int,
+        chars: int,
+        status: int,
+        told: Told,
+        is_success: bool | None,
+        started_s: float,
+    ) -> None:
+        """An attempt is over: load out, breaker and policy told. `is_success` None: the worker is not to be judged."""
+        now = self._readiness.now_s
+        load.end(worker, chars)
+        breaker = worker.breaker
+        if is_success:
+            breaker.succeeded(now, permit)
+        elif is_success is None:
+            breaker.abandoned(permit)
+        else:
+            breaker.failed(now, permit)
+        usage = told.usage
+        if usage is not None or told.first_byte_s is not None:
+            ttft_s = None if told.first_byte_s is None else told.first_byte_s - started_s
+            lane.generated(ttft_s, now - started_s, usage)
+        if lane.tells_finished:
+            self._settle(call, worker, lane.policy, status, told, is_success, started_s, now)
+
+    def note_failure(self, worker: Worker, error: UpstreamError) -> None:
+        """A worker could not be used: counted, and probed at once when it refused (HLT-2)."""
+        self._tallies.worker_error(worker, error.kind)
+        if error.kind == UpstreamError.REFUSED:
+            self._note_refused(worker)
+
+    async def relay(
         self,
         exchange: Exchange,
         call: Call,
@@ -227,6 +247,7 @@ class Dispatch:
         started_s: float,
         told: Told,
     ) -> Told:
+        """Passes the answer on; what a stream tells goes into `told` as it comes. Raises as `gateway/relay.py`."""
         is_events = upstream.content_type.startswith(b"text/event-stream")
         if upstream.length is None and upstream.status not in BODYLESS and (is_events or call.is_stream):
 
@@ -246,7 +267,7 @@ class Dispatch:
         call: Call,
         worker: Worker,
         policy: Policy,
-        upstream: Upstream | None,
+        status: int,
         told: Told,
         is_success: bool | None,
         started_s: float,
@@ -259,7 +280,7 @@ class Dispatch:
             call,
             worker,
             Outcome(
-                0 if upstream is None else upstream.status,
+                status,
                 is_success,
                 ttft_s,
                 now - started_s,
@@ -270,14 +291,14 @@ class Dispatch:
             now,
         )
 
-    def _note_rest(self, worker: Worker, held: Held, now: float) -> None:
+    def note_rest(self, worker: Worker, held: Held, now: float) -> None:
         """Remembers `Retry-After` of a 429 or 503 (CB-4)."""
         if held.status in (429, 503):
             rest_s = _retry_after_s(held.headers)
             if rest_s is not None:
                 worker.breaker.avoid(now, rest_s)
 
-    async def _next_worker(
+    async def next_worker(
         self,
         exchange: Exchange,
         call: Call,
@@ -314,6 +335,8 @@ class Dispatch:
             return False
         error = failed.error
         if error is None:
+            if failed.held is None or not self._rules.is_retryable(failed.held.status):
+                return False
             return endpoint.may_retry and len(call.body) <= self._resend_bytes_max
         if error.was_sent and (not endpoint.may_retry or len(call.body) > self._resend_bytes_max):
             return False
@@ -338,7 +361,7 @@ class Dispatch:
         return held.status
 
 
-async def _hold(exchange: Exchange, upstream: Upstream, lines: Lines) -> Held | None:
+async def hold(exchange: Exchange, upstream: Upstream, lines: Lines) -> Held | None:
     """The whole error answer, or None when it is too large to keep: then it is relayed as it is.
 
     Raises `UpstreamError` when it breaks off.
