@@ -17,8 +17,10 @@ from mesh.errors import BoundError, DecodeError
 from mesh.frames import FRAME_BYTES_MAX, Frame
 from mesh.home import Home, forget_source
 from mesh.link import PUSH_VECTOR, Link
+from mesh.lives import Lives
 from mesh.namespace import VALUE_BYTES_MAX, Appended, Ended, Lost, Restarted, Restored, Stream
-from mesh.owner_maps import DELTA_BYTES_MAX, WANTS_PER_FRAME_MAX
+from mesh.owner_maps import WANTS_PER_FRAME_MAX
+from mesh.owner_records import DELTA_BYTES_MAX
 from mesh.records import (
     FIRST,
     LAST,
@@ -58,8 +60,7 @@ class DeltaStreams:
         self.source = namespace.source
         self.life = home.life
         self.logs: dict[Source, StreamLog] = {}
-        self.lives: dict[str, int] = {}
-        self.gone: dict[str, int] = {}
+        self.lives = Lives(home)
         self.bytes = 0
         self.fresh: dict[Source, None] = {}
         self.due = math.inf
@@ -69,7 +70,7 @@ class DeltaStreams:
         self._asked: dict[Source, float] = {}
         self._encoded: tuple[tuple[object, ...], Frame, int] | None = None
         self._own = self._log((home.name, self.life))
-        self.lives[home.name] = self.life
+        self.lives.set_own(self.life)
 
     # ---- what users do ----------------------------------------------------------------------------------
 
@@ -113,7 +114,8 @@ class DeltaStreams:
         """A former life of this node had a clock ahead of ours: continue as the next life after it."""
         del self.logs[(self.home.name, self.life)]
         self._forget_everywhere((self.home.name, self.life))
-        self.life = self.lives[self.home.name] = self._own.life = life + 1
+        self.life = self._own.life = life + 1
+        self.lives.set_own(self.life)
         self.logs[(self.home.name, self.life)] = self._own
         self._encoded = None
         self.home.count("outranked_lives")
@@ -202,15 +204,14 @@ class DeltaStreams:
                 self.snapshots.need(source, key, row.owner)
 
     def _is_welcome(self, source: Source, now: float) -> bool:
-        owner, life = source
         if source in self.logs:
             return True
-        if life <= self.gone.get(owner, -1) or life < self.lives.get(owner, 0):
+        if self.lives.is_old(source):
             return False
         if len(self.logs) >= self.home.settings.owners_max:
             self.home.count("refused_owners")
             return False
-        return self.home.is_credible(life, now)
+        return self.home.is_credible(source[1], now)
 
     # ---- wants ------------------------------------------------------------------------------------------
 
@@ -355,13 +356,10 @@ class DeltaStreams:
 
     def _heard_of(self, source: Source) -> None:
         """Raise the owner's latest life; the former one is over, its positions are of no more use to anyone."""
-        owner, life = source
-        former = self.lives.get(owner, -1)
-        if life <= former:
+        owner = source[0]
+        former = self.lives.hear(source, self.logs)
+        if former is None:
             return
-        if len(self.lives) >= 2 * self.home.settings.owners_max:
-            self.lives = {o: n for o, n in self.lives.items() if (o, n) in self.logs}
-        self.lives[owner] = life
         self._dead.discard(owner)
         if (owner, former) in self.logs:
             self._drop((owner, former))
@@ -434,7 +432,7 @@ class DeltaStreams:
     def owner_died(self, owner: str, life: int, now: float) -> None:
         """What it has announced stays true; from now on others may be asked for it."""
         self.owner_restarted(owner, life, now)
-        if owner != self.home.name and self.lives.get(owner, life + 1) <= life:
+        if owner != self.home.name and 0 <= self.lives.latest(owner) <= life:
             self._dead.add(owner)
 
     def peer_up(self, peer: str) -> None:
@@ -450,19 +448,17 @@ class DeltaStreams:
         """Nothing more will come from this life and earlier ones."""
         if owner == self.home.name:
             return
-        self.gone[owner] = max(life, self.gone.pop(owner, 0))
-        while len(self.gone) > self.home.settings.owners_max:
-            del self.gone[next(iter(self.gone))]
+        self.lives.leave(owner, life)
         self._dead.discard(owner)
-        current = self.lives.get(owner, life + 1)
+        current = self.lives.latest(owner)
         if current <= life and (owner, current) in self.logs:
             self._drop((owner, current))
             self.home.tell(Ended(self.name, owner))
 
     def owner_forgotten(self, owner: str, now: float) -> None:
         """As if it had left."""
-        current = self.lives.get(owner)
-        if current is not None:
+        current = self.lives.latest(owner)
+        if current >= 0:
             self.owner_left(owner, current, now)
 
     # ---- the rest ---------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ class Ephemeral(OwnerMaps):
 
     def get(self, owner: str, key: bytes) -> bytes | None:
         """The value an owner gives to a key."""
-        log = self.logs.get((owner, self.lives.get(owner, -1)))
+        log = self.logs.get((owner, self.lives.latest(owner)))
         return None if log is None else log.get(key)
 
     def items(self, owner: str | None) -> Iterator[tuple[str, bytes, bytes]]:

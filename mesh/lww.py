@@ -27,7 +27,8 @@ from mesh.link import PUSH_VECTOR, Link
 from mesh.namespace import Lww as LwwNamespace
 from mesh.namespace import Put, Removed
 from mesh.owner_log import ENTRY_BYTES
-from mesh.owner_maps import DELTA_BYTES_MAX, check_sizes
+from mesh.owner_maps import check_sizes
+from mesh.owner_records import DELTA_BYTES_MAX
 from mesh.records import (
     PUSH,
     Delta,

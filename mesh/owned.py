@@ -37,7 +37,7 @@ class Owned(OwnerMaps):
 
     def get(self, owner: str, key: bytes) -> bytes | None:
         """The value an owner gives to a key."""
-        log = self.logs.get((owner, self.lives.get(owner, -1)))
+        log = self.logs.get((owner, self.lives.latest(owner)))
         value = None if log is None else log.get(key)
         if value is None and owner in self._shadows:
             return self._shadows[owner][1].get(key)

@@ -12,35 +12,17 @@ applied only when it leaves no hole, so a vector of versions says all that a nod
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from mesh.digest import Position, Row, Source, compare, sealed_fingerprint
-from mesh.errors import BoundError, DecodeError
+from mesh.errors import BoundError
 from mesh.frames import Frame
 from mesh.home import Home, forget_source
 from mesh.link import PUSH_VECTOR, Link
+from mesh.lives import Lives
 from mesh.namespace import KEY_BYTES_MAX, VALUE_BYTES_MAX
 from mesh.owner_log import ENTRY_BYTES, Entry, OwnerLog, ResetState
-from mesh.records import (
-    FIRST,
-    LAST,
-    PUSH,
-    RESET,
-    Delta,
-    Kind,
-    Vector,
-    Want,
-    WantRow,
-    checked_entry,
-    checked_key,
-    checked_number,
-    checked_value,
-    encode_body,
-    keep_tail,
-)
-
-DELTA_BYTES_MAX = 128 * 1024
-"""Entries of one delta frame, about. Small enough that other frames get their turn on a slow stream."""
+from mesh.owner_records import decode_delta, encode_delta
+from mesh.records import FIRST, LAST, PUSH, RESET, Delta, Kind, Vector, Want, WantRow, encode_body
 
 WANTS_PER_FRAME_MAX = 1024
 """Rows of one want frame; the rest go in the next."""
@@ -72,10 +54,7 @@ class OwnerMaps:
         self.coalesce_s = coalesce_s
         self.life = home.life
         self.logs: dict[Source, OwnerLog] = {}
-        self.lives: dict[str, int] = {}
-        """The latest life heard of, per owner; only it is taken in (unless lives are kept), log or not."""
-        self.gone: dict[str, int] = {}
-        """Owners that left, with their last life: it and earlier ones are refused. Bounded by owners_max."""
+        self.lives = Lives(home)
         self.bytes = 0
         self.fresh: dict[Source, None] = {}
         self.due = math.inf
@@ -117,7 +96,7 @@ class OwnerMaps:
     @property
     def own(self) -> OwnerLog:
         """This node's own log, made on first use."""
-        self.lives[self.home.name] = self.life
+        self.lives.set_own(self.life)
         return self._log((self.home.name, self.life), 0.0)
 
     def _log(self, source: Source, now: float) -> OwnerLog:
@@ -160,7 +139,7 @@ class OwnerMaps:
         if log is not None:
             log.life = self.life
             self.logs[(self.home.name, self.life)] = log
-        self.lives[self.home.name] = self.life
+        self.lives.set_own(self.life)
         self._encoded = None
         self.touch((self.home.name, self.life), now)
 
@@ -231,17 +210,14 @@ class OwnerMaps:
 
     def _is_welcome(self, source: Source, now: float) -> bool:
         """May this source of a peer be taken in?"""
-        owner, life = source
         if source in self.logs:
             return True
-        if life <= self.gone.get(owner, -1):
-            return False
-        if not self.keeps_lives and life < self.lives.get(owner, 0):
+        if self.lives.has_left(source) if self.keeps_lives else self.lives.is_old(source):
             return False
         if len(self.logs) >= self.home.settings.owners_max:
             self.home.count("refused_owners")
             return False
-        return self.home.is_credible(life, now)
+        return self.home.is_credible(source[1], now)
 
     # ---- wants ------------------------------------------------------------------------------------------
 
@@ -301,7 +277,9 @@ class OwnerMaps:
         if self._encoded is not None and self._encoded[0] == wanted:
             _, frame, upto = self._encoded
         else:
-            frame, upto = self._encode(log, since, is_reset, now)
+            frame, upto = encode_delta(
+                self.name, log, since, is_reset=is_reset, has_age=self.has_age, now=now
+            )
             self._encoded = (wanted, frame, upto)
         link.cursors[source] = upto
         if upto >= log.have:
@@ -309,48 +287,11 @@ class OwnerMaps:
             link.pending.pop(source, None)
         return frame
 
-    def _encode(self, log: OwnerLog, since: int, is_reset: bool, now: float) -> tuple[Frame, int]:
-        entries: list[Any] = []
-        upto, size = log.have, 0
-        for key, entry in log.after(since):
-            if size >= DELTA_BYTES_MAX:
-                upto = entries[-1][1]
-                break
-            value = entry.value
-            size += len(key) + len(value or b"") + 8
-            if self.has_age:
-                age_ms = max(0, int((now - entry.said_s) * 1000.0))
-                entries.append([key, entry.version, value, age_ms, *entry.tail])
-            else:
-                entries.append([key, entry.version, value, *entry.tail])
-        flags = 0
-        if is_reset:
-            flags = RESET | (FIRST if since == 0 else 0) | (LAST if upto >= log.have else 0)
-        return encode_body(Delta(self.name, log.owner, log.life, since, upto, flags, entries)), upto
-
     # ---- deltas in --------------------------------------------------------------------------------------
-
-    def _decode(self, delta: Delta, now: float) -> list[tuple[bytes, Entry]]:
-        """Check all entries before anything changes. Raises DecodeError."""
-        known = 4 if self.has_age else 3
-        found: list[tuple[bytes, Entry]] = []
-        last = delta.since
-        for raw in delta.entries:
-            entry = checked_entry(raw, known)
-            version = checked_number(entry[1])
-            if not last < version <= delta.upto:
-                raise DecodeError("versions of a delta rise from since to upto")
-            last = version
-            said_s = now - checked_number(entry[3]) / 1000.0 if self.has_age else now
-            tail = keep_tail(entry, known)
-            found.append((checked_key(entry[0]), Entry(version, checked_value(entry[2]), said_s, tail)))
-        if delta.upto < delta.since:
-            raise DecodeError("a delta ends before it starts")
-        return found
 
     def receive_delta(self, link: Link, delta: Delta, now: float) -> None:
         """Apply what leaves no hole; ask for what is missing. Raises DecodeError with nothing changed."""
-        entries = self._decode(delta, now)
+        entries = decode_delta(delta, has_age=self.has_age, now=now)
         source = (delta.owner, delta.life)
         if delta.owner == self.home.name and (not self.keeps_lives or delta.life == self.life):
             return
@@ -390,14 +331,10 @@ class OwnerMaps:
 
     def _heard_of(self, source: Source, now: float) -> None:
         """Raise the owner's latest life; the former one is over."""
-        owner, life = source
-        former = self.lives.get(owner, -1)
-        if life <= former or self.keeps_lives:
+        if self.keeps_lives:
             return
-        if len(self.lives) >= 2 * self.home.settings.owners_max:
-            self.lives = {o: n for o, n in self.lives.items() if (o, n) in self.logs}
-        self.lives[owner] = life
-        log = self.logs.get((owner, former))
+        former = self.lives.hear(source, self.logs)
+        log = None if former is None else self.logs.get((source[0], former))
         if log is not None:
             self.retire(log, now)
 
@@ -493,9 +430,7 @@ class OwnerMaps:
         """Drop this and earlier lives and refuse them from now on."""
         if owner == self.home.name:
             return
-        self.gone[owner] = max(life, self.gone.pop(owner, 0))
-        while len(self.gone) > self.home.settings.owners_max:
-            del self.gone[next(iter(self.gone))]
+        self.lives.leave(owner, life)
         for source in [s for s in self.logs if s[0] == owner and s[1] <= life]:
             self.drop_log(source)
 
