@@ -40,7 +40,7 @@ make_venv() {
   local clear=--clear
   [ "$("$folder/bin/python" -VV 2>/dev/null)" = "$("$python" -VV)" ] && clear=
   "$python" -m venv $clear "$folder" || return 1
-  "$folder/bin/python" -m pip install --quiet --disable-pip-version-check "$@" || return 1
+  "$folder/bin/python" -m pip install -qq --disable-pip-version-check "$@" || return 1
   echo "$mark" >"$folder/made-from"
 }
 
@@ -61,6 +61,7 @@ check_code() {
   step "ruff check" .venv/bin/ruff check --quiet
   step "ruff format" .venv/bin/ruff format --check --quiet
   step "mypy" .venv/bin/mypy --no-error-summary
+  step "mypy of scripts" .venv/bin/mypy --no-error-summary scripts/*.py
   step "import-linter" quiet_when_good .venv/bin/lint-imports --no-cache --no-logo
   step "reference" .venv/bin/python scripts/reference.py --check
 }

@@ -111,6 +111,21 @@ def _accept(words: list[str], where: str) -> None:
                 assert word.partition("=")[0] in flags | {"--version"}, f"{where}: there is no flag {word}"
 
 
+def test_the_readme_names_every_policy() -> None:
+    from smg.policies import POLICIES
+
+    readme = (HOUSE / "README.md").read_text()
+    assert [policy for policy in POLICIES if f"`{policy}`" not in readme] == []
+
+
+def test_the_unit_for_systemd_starts_a_command_that_exists() -> None:
+    unit = (HOUSE / "deploy" / "smg.service").read_text()
+    (command,) = re.findall(r"^ExecStart=(.+)$", unit, re.MULTILINE)
+    program, *words = shlex.split(command)
+    assert Path(program).name == "smg"
+    _accept(words, "deploy/smg.service")
+
+
 def test_the_pictures_are_drawings_that_parse_and_say_what_they_show() -> None:
     pictures = sorted((HOUSE / "docs" / "pictures").glob("*"))
     assert pictures
