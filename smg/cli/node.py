@@ -14,11 +14,14 @@ import trio
 
 from smg.backends.http_worker import HttpWorkers
 from smg.errors import GatewayError
+from smg.fleet.block_hashes import BlockHasher, BlockSettings
 from smg.fleet.breaker import Breaker, BreakerRules
 from smg.fleet.health import Health, HealthRules
 from smg.fleet.load import ReportRules
+from smg.fleet.prefix_index import IndexSettings, PrefixIndex
 from smg.fleet.registry import Change, ModelsChanged, Registry, Removed, Updated
 from smg.fleet.retry import RetryBudget, RetryRules
+from smg.fleet.service_model import PrefillModels
 from smg.fleet.worker import Worker, WorkerSpec
 from smg.gateway import problem
 from smg.gateway.app import App
@@ -39,6 +42,9 @@ from smg.net.plain import PlainHandler, Request, Response, plain
 from smg.net.pool import ConnectionPool
 from smg.net.readiness import Readiness
 from smg.net.server import Server
+from smg.policies import POLICIES
+from smg.policies.cache_aware import CacheAware, cache_aware_settings
+from smg.policies.policy import Policy
 from smg.policies.routing_table import PolicyTable
 from smg.services.drain import Drains
 from smg.services.health_probes import HealthProbes
@@ -97,7 +103,10 @@ class Node:
             rng=rng,
             refused=self._probes_service.note_refused,
         )
-        self._policies = PolicyTable(settings.routing, self.registry)
+        self._index = PrefixIndex(IndexSettings(bytes_max=settings.routing.max_tree_size))
+        self._hasher = BlockHasher(BlockSettings(cluster_seed=rng.getrandbits(64)))
+        self._fits = PrefillModels()
+        self._policies = PolicyTable(settings.routing, self.registry, self._make_policy)
         self._gates = Gates(settings.auth.api_key)
         origins = settings.listening.cors_allowed_origins
         self._cors = Cors(origins) if origins else None
@@ -138,6 +147,13 @@ class Node:
     def probe_server(self) -> Server:
         """The port of `--health-check-port` (LIFE-4)."""
         return self._plain_server(self._probes.only_probes)
+
+    def _make_policy(self, name: str, model: str) -> Policy:
+        """A policy off the shelf; those of `cache_aware` share index, hashes and fits over all models."""
+        routing = self._settings.routing
+        if name != CacheAware.name:
+            return POLICIES[name](routing)
+        return CacheAware(model, cache_aware_settings(routing), self._index, self._hasher, self._fits)
 
     def _make_app(self, client: Client) -> App:
         settings = self._settings
@@ -219,9 +235,15 @@ class Node:
         }
 
     def _plain_server(self, handler: PlainHandler) -> Server:
+        serve = plain(handler)
+
+        def handle(exchange: Exchange) -> Awaitable[None]:
+            self._app.identify(exchange, "req-")
+            return serve(exchange)
+
         return Server(
-            plain(handler),
-            _refuse_plain,
+            handle,
+            self._refuse_plain,
             self._app.report,
             self._readiness,
             ServerLimits(payload_bytes_max=65536),
@@ -233,6 +255,12 @@ class Node:
         if request.method not in ("GET", "HEAD"):
             raise problem.method_not_allowed(request.method, request.path, "GET, HEAD")
         return Response(200, await self.metrics.render_text(), CONTENT_TYPE)
+
+    async def _refuse_plain(self, exchange: Exchange, error: GatewayError) -> None:
+        if not exchange.request_id:
+            self._app.identify(exchange, "req-")
+        status, block, body = problem.render(error, problem.OPENAI, exchange.request_id)
+        await exchange.respond(status, block, body)
 
     def _changed(self, change: Change) -> None:
         """What outside of the fleet hangs on a worker goes with it."""
@@ -276,12 +304,6 @@ _METRIC_NAMES = {
     "consistent_hashing": "consistent_hashing",
     "prefix_hash": "prefix_hash",
 }
-
-
-async def _refuse_plain(exchange: Exchange, error: GatewayError) -> None:
-    exchange.request_id = exchange.request_id or "req-plain"
-    status, block, body = problem.render(error, problem.OPENAI, exchange.request_id)
-    await exchange.respond(status, block, body)
 
 
 def _registry(settings: Settings) -> Registry:

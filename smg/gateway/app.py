@@ -72,7 +72,7 @@ class App:
         endpoint = self._inference.get(head.target)
         if endpoint is None or head.method != b"POST":
             return self._serve_by_path(exchange)
-        self._identify(exchange, endpoint.id_prefix)
+        self.identify(exchange, endpoint.id_prefix)
         if not self._is_direct:
             return self._infer(exchange, endpoint, b"")
         if head.fields.keys().isdisjoint(self._id_headers):
@@ -82,7 +82,7 @@ class App:
     async def _serve_by_path(self, exchange: Exchange) -> None:
         path, query = split_target(exchange.head.target)
         endpoint = ENDPOINTS.get(path)
-        self._identify(exchange, endpoint.id_prefix if endpoint is not None else "req-")
+        self.identify(exchange, endpoint.id_prefix if endpoint is not None else "req-")
         if endpoint is not None and exchange.head.method == b"POST":
             await self._infer(exchange, endpoint, query.encode("latin-1"))
             return
@@ -92,7 +92,7 @@ class App:
         """Answers with an error in the family of the path (section 8)."""
         path, _ = split_target(exchange.head.target)
         if not exchange.request_id:
-            self._identify(exchange, "req-")
+            self.identify(exchange, "req-")
             self._metrics.http_series(_method(exchange), routes.UNKNOWN_TEMPLATE).finished(
                 error.status, error.code, trio.current_time() - exchange.started_s
             )
@@ -176,7 +176,8 @@ class App:
         await exchange.respond(204, f"allow: {route.allow}\r\n".encode(), b"")
         return 204
 
-    def _identify(self, exchange: Exchange, prefix: str) -> None:
+    def identify(self, exchange: Exchange, prefix: str) -> None:
+        """Gives a request its id (RID-1) and the header lines that every answer of it carries."""
         fields = exchange.head.fields
         if fields.keys().isdisjoint(self._id_headers):
             exchange.request_id = new_request_id(prefix, self._rng)

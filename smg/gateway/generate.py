@@ -75,7 +75,9 @@ class Generate:
         try:
             fields = exchange.head.fields
             if b"content-encoding" in fields:
-                checks.refuse_content_encoding(fields[b"content-encoding"])
+                for name, value in exchange.head.headers:
+                    if name == b"content-encoding":
+                        checks.refuse_content_encoding(value)
             body = exchange.body_nowait()
             if body is None:
                 body = await exchange.read_body()

@@ -185,7 +185,7 @@ class Exchange:
         `header_block` are header lines, each ended by CRLF; length, date, connection and request id are added here
         (HTTP-17). A HEAD request gets the head alone (HTTP-9).
         """
-        if self._has_body_left and self.head.length != 0:
+        if self._has_body_left and self.body_nowait() is None:
             self.keep_alive = False
         head = self.head_block(status, header_block, len(body))
         await self.write(head if self.head.method == b"HEAD" else head + body)
