@@ -38,20 +38,37 @@ class PrefillFailed(SmgError):
     """The prefill worker could not be used or refused; `Prefill.error` or `Prefill.status` says how."""
 
 
+def _nobody(prefill: Prefill) -> None:
+    """Nobody wants to know."""
+
+
 class Prefill:
-    """The prefill leg of one call: who does it, and how it ended.
+    """The prefill leg of one call, with what both legs send, and how it ended.
 
     `ended` is called once when the leg is over, however it ended, while the decode leg may still be running. Then
     `error` is set when the worker could not be used; else `status`, `headers` and `body` are its answer when
     `is_whole` is true (of a good answer the last bytes, of a bad one the first); else it was cancelled.
     """
 
-    __slots__ = ("body", "ended", "error", "headers", "is_whole", "lines", "status", "worker")
+    __slots__ = (
+        "body",
+        "call",
+        "decode_call",
+        "ended",
+        "error",
+        "headers",
+        "is_whole",
+        "lines",
+        "status",
+        "worker",
+    )
 
-    def __init__(self, worker: Worker, lines: Lines, ended: Callable[[Prefill], None]) -> None:
+    def __init__(self, worker: Worker, lines: Lines, call: Call, decode_call: Call) -> None:
         self.worker = worker
         self.lines = lines
-        self.ended = ended
+        self.call = call
+        self.decode_call = decode_call
+        self.ended: Callable[[Prefill], None] = _nobody
         self.error: UpstreamError | None = None
         self.status = 0
         self.headers: list[tuple[bytes, bytes]] = []
@@ -84,25 +101,30 @@ class PrefillDecode:
         """The constant parts for a worker."""
         return self._workers.lines(worker)
 
+    def prefill(self, call: Call, worker: Worker) -> Prefill:
+        """The prefill of `call` on `worker`, ready to be sent."""
+        body, decode_body = bodies_of(call, worker, self._rng)
+        return Prefill(worker, self.lines(worker), with_body(call, body), with_body(call, decode_body))
+
     async def open(
-        self, call: Call, prefill: Prefill, decode: Worker, lines: Lines, query: bytes, exchange: Exchange
+        self, prefill: Prefill, decode: Worker, lines: Lines, query: bytes, exchange: Exchange
     ) -> Upstream:
         """The head of the decode worker's answer, the prefill being done; the caller gives it back with `close`.
 
         An error status of the decode worker is an answer too: then the prefill was ended. Raises `PrefillFailed`;
         `UpstreamError` of the decode worker; `ClientGone`, `ShuttingDown`. In each case both legs are over.
         """
-        body, decode_body = bodies_of(call, prefill.worker, self._rng)
-        sent = with_body(call, decode_body)
+        deadline_s = exchange.parking.deadline_s  # before the decode leg lends it to its connecting
         upstream: Upstream | None = None
         failure: SmgError | None = None
         try:
             async with trio.open_nursery() as legs:
                 scope = legs.cancel_scope
                 done = trio.Event()
-                legs.start_soon(self._prefill, with_body(call, body), prefill, query, exchange, done, scope)
+                legs.start_soon(self._prefill, prefill, query, exchange, deadline_s, done, scope)
                 try:
-                    upstream = await self._workers.open(sent, decode, lines, query, exchange)
+                    call = prefill.decode_call
+                    upstream = await self._workers.open(call, decode, lines, query, exchange)
                     if upstream.status >= ERROR_STATUS_MIN:
                         scope.cancel()
                     else:
@@ -128,20 +150,20 @@ class PrefillDecode:
 
     async def _prefill(
         self,
-        call: Call,
         prefill: Prefill,
         query: bytes,
         exchange: Exchange,
+        deadline_s: float,
         done: trio.Event,
         legs: trio.CancelScope,
     ) -> None:
         """The prefill leg, in a task of its own with a parking of its own."""
         parking = self._readiness.open_parking()
-        parking.deadline_s = exchange.parking.deadline_s
+        parking.deadline_s = deadline_s
         asker = _Asker(exchange.head, exchange.trace_lines, parking)
         upstream: Upstream | None = None
         try:
-            upstream = await self._workers.open(call, prefill.worker, prefill.lines, query, asker)
+            upstream = await self._workers.open(prefill.call, prefill.worker, prefill.lines, query, asker)
             prefill.status = upstream.status
             prefill.headers = upstream.headers
             prefill.body = await _read_and_drop(upstream, parking)

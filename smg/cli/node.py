@@ -13,6 +13,7 @@ from random import Random
 import trio
 
 from smg.backends.http_worker import HttpWorkers
+from smg.backends.prefill_decode import PrefillDecode
 from smg.errors import GatewayError
 from smg.fleet.block_hashes import BlockHasher, BlockSettings
 from smg.fleet.breaker import Breaker, BreakerRules
@@ -29,9 +30,10 @@ from smg.gateway.dispatch import Dispatch
 from smg.gateway.explain import Explain
 from smg.gateway.fan_out import FanOut
 from smg.gateway.gates import Cors, Gates
-from smg.gateway.generate import Generate
+from smg.gateway.generate import Generate, Runner
 from smg.gateway.mesh_api import NoMesh
 from smg.gateway.models import Models
+from smg.gateway.pair_dispatch import PairDispatch
 from smg.gateway.probes import Probes
 from smg.gateway.relay import StreamBounds
 from smg.gateway.tallies import Tallies
@@ -172,15 +174,20 @@ class Node:
             sheds_overload=settings.routing.worker_overload_shed
             and settings.routing.protects_from_overload(),
         )
+        runner: Runner = dispatch
+        if settings.pd.pd_disaggregation:
+            pairs = PrefillDecode(self._workers, self._readiness, self._rng)
+            runner = PairDispatch(dispatch, pairs, self.registry, self._tallies, self._readiness)
         generate = Generate(
             self.registry,
             self._policies,
             self._admission,
-            dispatch,
+            runner,
             self._tallies,
             self._readiness,
             key_headers=settings.routing.routing_key_headers,
             needs_key=settings.routing.routing_key_override,
+            is_pair=settings.pd.pd_disaggregation,
         )
         return App(
             generate,

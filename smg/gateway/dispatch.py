@@ -133,6 +133,11 @@ class Dispatch:
             if type(answered) is int:
                 return answered
 
+    def requested(self, exchange: Exchange, now: float) -> None:
+        """A request begins that is not `run` here: the retry budget and the clock of RTY-5 are told."""
+        self._budget.requested(now)
+        exchange.parking.deadline_s = exchange.started_s + self._timeout_s
+
     def candidates(self, call: Call, pool: Pool, now: float) -> Sequence[Worker]:
         """Who may get the call (RT-1); never empty. Raises `GatewayError` 503 (ERR-15, ERR-19; RT-4)."""
         candidates: Sequence[Worker] = pool.candidates(now)
@@ -294,7 +299,7 @@ class Dispatch:
     def note_rest(self, worker: Worker, held: Held, now: float) -> None:
         """Remembers `Retry-After` of a 429 or 503 (CB-4)."""
         if held.status in (429, 503):
-            rest_s = _retry_after_s(held.headers)
+            rest_s = retry_after_s(held.headers)
             if rest_s is not None:
                 worker.breaker.avoid(now, rest_s)
 
@@ -407,7 +412,7 @@ def _target(target: str, pool: Pool, candidates: Sequence[Worker]) -> Worker:
     raise problem.no_available_workers("X-SMG-Target-Worker names no available worker of this model")
 
 
-def _retry_after_s(headers: list[tuple[bytes, bytes]]) -> float | None:
+def retry_after_s(headers: list[tuple[bytes, bytes]]) -> float | None:
     """Seconds of a `Retry-After` header: a number or a date (RFC 9110 section 10.2.3); None without a valid one."""
     value = value_of(headers, b"retry-after")
     if value is None:

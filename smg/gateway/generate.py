@@ -6,7 +6,8 @@ never changes a byte of the body but the value of an alias (UP-2).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 import trio
@@ -18,7 +19,7 @@ from smg.errors import ClientGone, GatewayError
 from smg.fleet.pool import Pool
 from smg.fleet.registry import Added, ModelsChanged, Registry, Removed, Updated
 from smg.gateway.resolve import key_headers as resolve_key_headers
-from smg.gateway.resolve import model_of, no_pool, routing_key_of
+from smg.gateway.resolve import model_of, no_pool, pair_pool, routing_key_of
 from smg.gateway.tallies import LANES_MAX, Lane, Tallies
 from smg.net.exchange import Exchange
 from smg.net.readiness import Parking, Readiness
@@ -41,7 +42,7 @@ class Generate:
     """Serves inference requests.
 
     `key_headers` are the names of `--routing-key-headers`; `needs_key` is true when every policy obeys the key
-    (`--routing-key-override`).
+    (`--routing-key-override`). `is_pair`: calls go to a prefill and a decode worker (section 18).
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Generate:
         *,
         key_headers: Sequence[str] = (),
         needs_key: bool = False,
+        is_pair: bool = False,
     ) -> None:
         self._registry = registry
         self._policies = policies
@@ -63,6 +65,10 @@ class Generate:
         self._tallies = tallies
         self._key_headers = resolve_key_headers(key_headers)
         self._needs_key = needs_key
+        self._is_pair = is_pair
+        self._pool_of: Callable[[str], Pool | None] = (
+            partial(pair_pool, registry) if is_pair else registry.pool
+        )
         self._readiness = readiness
         self._lanes: dict[tuple[str, str, bool], Lane] = {}
         readiness.add_sweeper(self._expire)
@@ -82,7 +88,7 @@ class Generate:
             if body is None:
                 body = await exchange.read_body()
             call = self._call(exchange, endpoint, body, fields)
-            pool = self._registry.pool(call.model)
+            pool = self._pool_of(call.model)
             if pool is None:
                 raise no_pool(self._registry, call.model)
             lane = self._lanes.get((endpoint.path, call.model, call.is_stream)) or self._lane(call, pool)
@@ -135,8 +141,13 @@ class Generate:
 
     def _lane(self, call: Call, pool: Pool) -> Lane:
         """A new lane; kept until the fleet's models change."""
-        policy = self._policies.policy_for(call.model)
-        lane = self._tallies.lane(call.endpoint, pool.model, policy, call.is_stream, self._needs_key)
+        lane: Lane
+        if self._is_pair:
+            pair = self._policies.pair_for(call.model)
+            lane = self._tallies.pair_lane(call.endpoint, pool.model, pair, call.is_stream, self._needs_key)
+        else:
+            policy = self._policies.policy_for(call.model)
+            lane = self._tallies.lane(call.endpoint, pool.model, policy, call.is_stream, self._needs_key)
         if pool.model and len(self._lanes) < LANES_MAX:
             # Names that nobody claims are made up by clients: their policies live in a bounded table, not here.
             self._lanes[call.endpoint.path, call.model, call.is_stream] = lane

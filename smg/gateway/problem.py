@@ -154,6 +154,43 @@ def of_upstream(error: UpstreamError) -> GatewayError:
     return response_failed()
 
 
+def pd_request_failed() -> GatewayError:
+    """PD-2: a connection to a worker of the pair failed, so the other one was told to stop."""
+    return GatewayError(502, "pd_request_failed", "A worker of the pair could not be used")
+
+
+LEG_CODES: dict[str, dict[int, str]] = {
+    "decode": {
+        400: "decode_bad_request",
+        404: "decode_not_found",
+        500: "decode_internal_error",
+        502: "decode_bad_gateway",
+        503: "decode_unavailable",
+    },
+    "prefill": {
+        400: "prefill_bad_request",
+        404: "prefill_not_found",
+        500: "prefill_internal_error",
+        502: "prefill_bad_gateway",
+        503: "prefill_unavailable",
+    },
+}
+"""The code for an error status of a leg (PD-3); every other status has `decode_error` or `prefill_error`."""
+
+
+def leg_error(
+    leg: str,
+    status: int,
+    message: str,
+    *,
+    headers: tuple[tuple[str, str], ...] = (),
+    retry_after_s: float | None = None,
+) -> GatewayError:
+    """PD-3: the worker of `leg` (`prefill`, `decode`) answered with an error; its status is kept."""
+    code = LEG_CODES[leg].get(status, f"{leg}_error")
+    return GatewayError(status, code, message, headers=headers, retry_after_s=retry_after_s)
+
+
 def overload_shed(retry_after_s: float = 1.0) -> GatewayError:
     """ERR-19: every worker is over the overload limits and shedding is on."""
     return GatewayError(

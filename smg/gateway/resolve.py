@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from smg.errors import GatewayError
 from smg.fleet.pool import Pool
 from smg.fleet.registry import Registry
-from smg.fleet.worker import Status
+from smg.fleet.worker import Kind, Status
 from smg.gateway import problem
 
 ROUTING_KEY_HEADER = b"x-smg-routing-key"
@@ -51,6 +51,23 @@ def pool_of(registry: Registry, model: str) -> Pool:
     if pool is None:
         raise no_pool(registry, model)
     return pool
+
+
+def pair_pool(registry: Registry, model: str) -> Pool | None:
+    """The decode workers of a canonical model name, or the prefill workers when only those told the name; None when
+    nobody of either kind can serve it. Raises `GatewayError` 503 when one leg is missing (PD-2)."""
+    prefills = registry.pool_of(model, Kind.PREFILL)
+    decodes = registry.pool_of(model, Kind.DECODE)
+    if prefills is None and decodes is None:
+        return None
+    if prefills is None or decodes is None:
+        raise missing_leg(Kind.DECODE if decodes is None else Kind.PREFILL)
+    return decodes if decodes.model else prefills
+
+
+def missing_leg(kind: Kind) -> GatewayError:
+    """PD-2: a leg without a worker."""
+    return problem.no_available_workers(f"No {kind.value} worker is available for this request at the moment")
 
 
 def routing_key_of(fields: Mapping[bytes, bytes], names: Sequence[bytes]) -> str | None:

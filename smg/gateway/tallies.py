@@ -9,10 +9,13 @@ from __future__ import annotations
 from smg.api.endpoints import Endpoint
 from smg.fleet.worker import Worker
 from smg.gateway.relay import Usage
+from smg.policies.pair import Pair
 from smg.policies.policy import Policy, Stateless, Wants
 from smg.telemetry.metrics import OTHER, Counter, Metrics
 
 ROUTER_TYPE = "http"
+REGULAR = "regular"
+PAIR = "pd"
 CONNECTION_MODE = "http"
 LANES_MAX = 4096  # endpoints x served models x stream or not; beyond it lanes are made per request
 
@@ -55,6 +58,7 @@ class Lane:
         policy: Policy,
         is_stream: bool,
         needs_key: bool,
+        backend_type: str = REGULAR,
     ) -> None:
         self._tallies = tallies
         self.model = model
@@ -65,7 +69,7 @@ class Lane:
         self.tells_placed = getattr(kind, "placed", None) is not Stateless.placed
         self.tells_finished = getattr(kind, "finished", None) is not Stateless.finished
         self.series = tallies.metrics.request_series(
-            "POST", endpoint.path, model, endpoint.name, is_stream, ROUTER_TYPE, "regular", CONNECTION_MODE
+            "POST", endpoint.path, model, endpoint.name, is_stream, ROUTER_TYPE, backend_type, CONNECTION_MODE
         )
         self._selected: dict[str, Counter] = {}
 
@@ -101,6 +105,28 @@ class Lane:
             self.series.failed(kind)
 
 
+class PrefillLane(Lane):
+    """The lane of the prefill leg: its own policy; tokens and times are counted once, with the decode worker's answer."""
+
+    __slots__ = ()
+
+    def generated(self, ttft_s: float | None, duration_s: float, usage: Usage | None) -> None:
+        """Nothing: the decode leg counts."""
+
+
+class PairLane(Lane):
+    """A lane whose requests go to two workers: itself for the decode leg, `prefill` for the other (section 18)."""
+
+    __slots__ = ("prefill",)
+
+    def __init__(
+        self, tallies: Tallies, endpoint: Endpoint, model: str, pair: Pair, is_stream: bool, needs_key: bool
+    ) -> None:
+        super().__init__(tallies, endpoint, model, pair.decode, is_stream, needs_key, PAIR)
+        self.prefill = PrefillLane(tallies, endpoint, model, pair.prefill, is_stream, needs_key, PAIR)
+        self.needs_key = self.needs_key or self.prefill.needs_key
+
+
 class Tallies:
     """All lanes, and what is counted per worker type."""
 
@@ -112,6 +138,12 @@ class Tallies:
     ) -> Lane:
         """A new lane; `model` is "" for a name that no worker claims."""
         return Lane(self, endpoint, model or OTHER, policy, is_stream, needs_key)
+
+    def pair_lane(
+        self, endpoint: Endpoint, model: str, pair: Pair, is_stream: bool, needs_key: bool = False
+    ) -> PairLane:
+        """As `lane`, for pairs of workers."""
+        return PairLane(self, endpoint, model or OTHER, pair, is_stream, needs_key)
 
     def forget_model(self, model: str) -> None:
         """A model is served no more: its series go (MET-10)."""

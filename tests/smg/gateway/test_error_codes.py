@@ -8,6 +8,7 @@ from pathlib import Path
 
 import smg
 from smg.gateway.error_codes import CODES, THEMES
+from smg.gateway.problem import LEG_CODES
 from smg.gateway.routes import NOT_IMPLEMENTED, ROUTES, SUMMARIES
 
 SOURCES = Path(smg.__file__).parent
@@ -16,6 +17,10 @@ SOURCES = Path(smg.__file__).parent
 def raised() -> dict[str, set[int]]:
     """Every literal code in the source with its statuses; `*` stands in a code for what is filled in."""
     found: dict[str, set[int]] = defaultdict(set)
+    for leg, codes in LEG_CODES.items():  # raised out of a table, with the worker's status
+        found[f"{leg}_error"] = set()
+        for status, code in codes.items():
+            found[code].add(status)
     for path in SOURCES.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not isinstance(node, ast.Call):
