@@ -56,6 +56,7 @@ def warnings(settings: Settings) -> list[str]:
     if settings.routing.worker_overload_shed and not settings.routing.protects_from_overload():
         found.append("--worker-overload-shed: has no effect while overload protection is off")
     if settings.load_polls.disable_load_monitoring and settings.routing.policy in (
+        "cache_aware",
         "least_load",
         "power_of_two",
     ):

@@ -18,10 +18,10 @@ class Routing(Group, frozen=True, kw_only=True):
         str,
         Flag(
             metavar="POLICY",
-            doc="How a worker is chosen. The default of the first complete release is cache_aware; until it is there, "
-            "least_load.",
+            doc="How a worker is chosen. cache_aware counts in seconds what is cached, what waits and what a choice costs "
+            "the others, so it suits nearly every fleet.",
         ),
-    ] = "least_load"
+    ] = "cache_aware"
     prefill_policy: Annotated[
         str | None,
         Flag(metavar="POLICY", shown_default="as --policy", doc="How a prefill worker is chosen (PD)."),
@@ -30,14 +30,59 @@ class Routing(Group, frozen=True, kw_only=True):
         str | None,
         Flag(metavar="POLICY", shown_default="as --policy", doc="How a decode worker is chosen (PD)."),
     ] = None
+    cache_aware_mode: Annotated[
+        str,
+        Flag(
+            choices=("price", "threshold"),
+            doc="How cache_aware decides: by the lowest expected seconds, or by the rule of the existing system.",
+        ),
+    ] = "price"
+    cache_price: Annotated[
+        float,
+        Flag(
+            unit="times",
+            at_least=0,
+            at_most=100,
+            doc="What a second of prefill costs the requests behind it, before load raises it: 1 answers soonest on idle "
+            "fleets, 8 keeps the most in the caches.",
+        ),
+    ] = 2.0
+    cache_threshold: Annotated[
+        float,
+        Flag(
+            unit="share",
+            aliases=("cache-match-threshold",),
+            at_least=0,
+            at_most=1,
+            doc="Share of a prompt that must be cached for the cache to decide. Read in threshold mode.",
+        ),
+    ] = 0.3
+    balance_token_usage_threshold: Annotated[
+        float,
+        Flag(
+            unit="share",
+            at_least=0,
+            at_most=1,
+            doc="Load counts as unbalanced when KV usages differ by more than this; 1 is off. Read in threshold mode.",
+        ),
+    ] = 1.0
+    max_tree_size: Annotated[
+        int,
+        Flag(
+            unit="bytes",
+            at_least=1 << 20,
+            doc="Memory of the prefix index; the fullest worker's oldest blocks give way. 64 MiB hold about half a million "
+            "blocks of 512 characters.",
+        ),
+    ] = 67108864
     balance_abs_threshold: Annotated[
         int,
         Flag(
-            unit="requests",
+            unit="requests or characters",
             aliases=("spill-abs-threshold",),
             at_least=0,
             doc="Load counts as unbalanced when most and least burdened worker are further apart than this, and by the ratio "
-            "below. Read by bucket.",
+            "below. Read by bucket (in characters) and by cache_aware in threshold mode (in requests).",
         ),
     ] = 64
     balance_rel_threshold: Annotated[
@@ -166,7 +211,7 @@ class Routing(Group, frozen=True, kw_only=True):
         """Whether overloaded workers are left out (RT-1): as told, else by the policy."""
         if self.worker_overload_protection is not None:
             return self.worker_overload_protection
-        return self.policy != "cache_aware"
+        return self.policy != "cache_aware" or self.cache_aware_mode == "threshold"
 
 
 class Retries(Group, frozen=True, kw_only=True):

@@ -12,9 +12,7 @@ from smg.settings_flag import env_name
 _NAMES = """
 processes
 
-cache-aware-mode cache-price cache-threshold cache-match-threshold balance-token-usage-threshold
-overload-token-usage-threshold eviction-interval-secs eviction-interval max-tree-size block-size cache-ttl-secs
-kv-events record-trace
+overload-token-usage-threshold eviction-interval-secs eviction-interval block-size cache-ttl-secs kv-events record-trace
 
 priority-scheduler-enabled priority-scheduler-config priority-scheduler-default-max-class tenant-rate-limit-enabled
 tenant-rate-limit-config

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from smg.policies.bucket import Bucket
+from smg.policies.cache_aware import CacheAware
 from smg.policies.consistent_hash import ConsistentHash
 from smg.policies.least_load import LeastLoad
 from smg.policies.manual import Manual
@@ -18,6 +19,7 @@ from smg.settings import Routing
 
 POLICIES: dict[str, Callable[[Routing], Policy]] = {
     "bucket": Bucket,
+    "cache_aware": CacheAware.alone,
     "consistent_hashing": ConsistentHash,
     "least_load": LeastLoad,
     "manual": Manual,

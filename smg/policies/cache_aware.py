@@ -18,7 +18,7 @@ import msgspec
 
 from smg.api.call import Call
 from smg.fleet.block_hashes import BlockHasher
-from smg.fleet.prefix_index import PrefixIndex
+from smg.fleet.prefix_index import IndexSettings, PrefixIndex
 from smg.fleet.service_model import CacheCapacity, PrefillModels, TokenLength
 from smg.fleet.worker import Worker
 from smg.policies.account import Account, Open, slowdown
@@ -27,6 +27,7 @@ from smg.policies.neighbours import Alone, Decision, Neighbours, News, Question
 from smg.policies.policy import Outcome, Terms, Wants
 from smg.policies.price import FLEET_MAX, Prices, cached_tokens, session
 from smg.policies.threshold import ThresholdRule
+from smg.settings import Routing
 
 FOLLOWED_MAX = 4_096
 """Answers of owners that wait to be followed; each waits for microseconds."""
@@ -42,6 +43,20 @@ class CacheAwareSettings(msgspec.Struct, frozen=True, kw_only=True):
     price: float = 2.0
     """`--cache-price`: 1 is fastest at low load, 2 the best over all, 8 reaches the highest hit ratio."""
     threshold: ThresholdRule = ThresholdRule()
+
+
+def cache_aware_settings(routing: Routing) -> CacheAwareSettings:
+    """The dials as the command line sets them."""
+    return CacheAwareSettings(
+        mode=routing.cache_aware_mode,
+        price=routing.cache_price,
+        threshold=ThresholdRule(
+            threshold=routing.cache_threshold,
+            balance_abs=routing.balance_abs_threshold,
+            balance_rel=routing.balance_rel_threshold,
+            token_usage=routing.balance_token_usage_threshold,
+        ),
+    )
 
 
 class CacheAware:
@@ -72,6 +87,13 @@ class CacheAware:
         self._open: dict[tuple[int, str], Open] = {}  # by (id of the call, worker): placed and not finished
         self._followed: dict[int, Decision] = {}  # by id of the call
         self._memo: tuple[Call, Question] | None = None
+
+    @classmethod
+    def alone(cls, routing: Routing) -> CacheAware:
+        """A policy with an index of its own, for whoever has one model and no mesh (tests, tools)."""
+        return cls(
+            "", cache_aware_settings(routing), PrefixIndex(IndexSettings(bytes_max=routing.max_tree_size))
+        )
 
     # -- the verbs of a policy -----------------------------------------------------------------
 
@@ -105,7 +127,7 @@ class CacheAware:
         self._prices.note(account, worker)
         account.place(id(call), request)
         self._prices.moved(account, worker.id, now)
-        self._prices.admit(seconds, now)
+        self._prices.admit(seconds * slowdown(worker.in_flight), now)
         placement = self._index.place(worker.id, question.blocks)
         if followed is None or followed.worker_id != worker.id:  # else its owner has told it
             self._neighbours.tell(News(placement, seconds), now)

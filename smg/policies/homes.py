@@ -43,6 +43,8 @@ class Homes:
         pair = self._pairs.get(bucket)
         if pair is None:
             weigh = xxhash.xxh3_64_intdigest
-            ranked = sorted(((weigh(worker.id.encode(), bucket), worker.id) for worker in workers), reverse=True)
+            ranked = sorted(
+                ((weigh(worker.id.encode(), bucket), worker.id) for worker in workers), reverse=True
+            )
             pair = self._pairs[bucket] = tuple(worker_id for _, worker_id in ranked[:2])
         return pair

@@ -62,6 +62,7 @@ CONTRACT_ALIASES = {
     "backend": "runtime",
     "balance-abs-threshold": "spill-abs-threshold",
     "balance-rel-threshold": "spill-rel-threshold",
+    "cache-threshold": "cache-match-threshold",
     "max-idle-secs": "sticky-key-idle-secs",
     "routing-key-override": "sticky-sessions",
 }

@@ -41,7 +41,7 @@ def refusal(line: str, environment: Mapping[str, str] | None = None) -> Settings
 
 
 def test_no_arguments_give_the_defaults() -> None:
-    assert parse([], {}, policies=("least_load",)) == Settings()
+    assert parse([], {}, policies=("cache_aware",)) == Settings()
 
 
 def test_list_values_after_one_flag_and_repeated_flags_add_up() -> None:
@@ -85,7 +85,7 @@ def test_every_alias_means_its_flag(field: object) -> None:
     from smg.settings_flag import Field
 
     assert isinstance(field, Field)
-    text = field.flag.choices[1] if field.flag.choices else "7"
+    text = field.flag.choices[1] if field.flag.choices else "7" if field.flag.at_most is None else "0.7"
     values = [] if field.kind is bool else [text]
     spelled = [parse([name, *values], {}, policies=POLICIES) for name in field.flag_names]
     assert spelled[0] != parse([], {}, policies=POLICIES)

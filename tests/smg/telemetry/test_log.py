@@ -176,7 +176,7 @@ def test_each_level_lets_itself_and_the_worse_ones_through(pipe: Pipe) -> None:
 
 
 def test_an_unknown_level_is_refused(pipe: Pipe) -> None:
-    with pytest.raises(SettingsError, match="--log-level loud"):
+    with pytest.raises(SettingsError, match="--log-level: loud"):
         pipe.log.configure("loud")
 
 
@@ -468,7 +468,7 @@ def test_a_file_of_today_is_continued(pipe: Pipe, tmp_path: Path) -> None:
 
 def test_a_directory_that_cannot_be_written_is_a_wrong_configuration(pipe: Pipe, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(SettingsError, match=r"--log-dir .*file/logs"):
+    with pytest.raises(SettingsError, match=r"--log-dir: .*file/logs"):
         pipe.log.configure("info", log_dir=str(tmp_path / "file" / "logs"))
 
 
