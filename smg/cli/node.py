@@ -12,6 +12,7 @@ from random import Random
 
 import trio
 
+from smg import __version__
 from smg.backends.http_worker import HttpWorkers
 from smg.backends.prefill_decode import PrefillDecode
 from smg.errors import GatewayError
@@ -37,6 +38,7 @@ from smg.gateway.pair_dispatch import PairDispatch
 from smg.gateway.probes import Probes
 from smg.gateway.relay import StreamBounds
 from smg.gateway.tallies import Tallies
+from smg.gateway.tracing import TracedWorkers, Tracing
 from smg.gateway.workers_api import WorkersApi
 from smg.net.client import Client
 from smg.net.exchange import Exchange, ServerLimits
@@ -56,6 +58,8 @@ from smg.services.worker_jobs import WorkerJobs
 from smg.settings import Settings
 from smg.telemetry import log as logs
 from smg.telemetry.metrics import CONTENT_TYPE, Metrics
+from smg.telemetry.otlp import OtlpSender
+from smg.telemetry.trace import Tracer
 from smg.telemetry.worker_gauges import worker_samples
 from smg.tenancy.admission import admission_of
 
@@ -114,7 +118,10 @@ class Node:
         self._cors = Cors(origins) if origins else None
         self._admission = admission_of(settings.limits, os.cpu_count() or 1, trio.current_time())
         self._tallies = Tallies(self.metrics)
-        self._workers = HttpWorkers(self._pool, self._gates.is_secret)
+        self._sender = _span_sender(settings)
+        self._tracer = None if self._sender is None else Tracer(self.metrics, self._sender, rng)
+        backend = HttpWorkers if self._tracer is None else TracedWorkers
+        self._workers = backend(self._pool, self._gates.is_secret)
         self.registry.subscribe(self._changed)
         self._probes = Probes(
             self.registry, lambda: self._is_draining, needs_pair=settings.pd.pd_disaggregation
@@ -135,11 +142,19 @@ class Node:
         yield self.rosters.run
         if not self._settings.load_polls.disable_load_monitoring:
             yield self._reports.run
+        if self._tracer is not None:
+            yield self._tracer.run
+
+    def close(self) -> None:
+        """Ends what is not a task and not a socket of ours: the exporter, once all services have ended."""
+        if self._sender is not None:
+            self._sender.close()
 
     def server(self) -> Server:
         """The serving port."""
         app = self._app
-        self._serving = Server(app.handle, app.refuse, app.report, self._readiness, _limits(self._settings))
+        handle = app.handle if self._tracer is None else Tracing(app.handle, self._tracer).handle
+        self._serving = Server(handle, app.refuse, app.report, self._readiness, _limits(self._settings))
         return self._serving
 
     def metrics_server(self) -> Server:
@@ -358,6 +373,12 @@ def _registry(settings: Settings) -> Registry:
         make_breaker=make_breaker,
         drain_timeout_s=workers.drain_timeout_secs,
     )
+
+
+def _span_sender(settings: Settings) -> OtlpSender | None:
+    """Raises `SettingsError` when tracing is on and the extra is missing or the endpoint wrong."""
+    telemetry = settings.telemetry
+    return OtlpSender(telemetry.otlp_traces_endpoint, __version__) if telemetry.enable_trace else None
 
 
 def _report_rules(settings: Settings) -> ReportRules:

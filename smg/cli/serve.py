@@ -49,7 +49,10 @@ async def serve(settings: Settings) -> int:
         node = Node(settings, readiness, Random(os.urandom(16)))
         for warning in warnings(settings):
             node.log.warn(warning)
-        return await _run(node, listeners, readiness, settings, log)
+        try:
+            return await _run(node, listeners, readiness, settings, log)
+        finally:
+            node.close()
     finally:
         listeners.close()
         log.close()

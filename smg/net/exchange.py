@@ -8,6 +8,7 @@ connection. Never routes, never talks to a worker, never builds an error.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -15,6 +16,9 @@ from smg.errors import ClientGone, GatewayError
 from smg.net.connection import Connection, ConnectionLost, DeadlinePassed
 from smg.net.readiness import Parking, Readiness
 from smg.wire.http1 import LENGTH_CHUNKED, STATUS_LINES, ChunkedDecoder, RequestHead, RequestReader
+
+if TYPE_CHECKING:
+    from smg.telemetry.trace import Span
 
 HALF_CLOSE_GRACE_S = (
     1.0  # HTTP-13: a plain answer that begins within this after the end of input is delivered
@@ -39,6 +43,7 @@ class Exchange:
     `has_begun_answer` is true once a byte of the answer may be with the client. `is_streaming` tells that an end of
     the client's input counts as a departure at once. `extra_lines` are header lines that every answer of this request
     gets, each ended by CRLF; `trace_lines` those that the worker gets instead of the client's trace headers (TRC-1).
+    `span` is the request's span while one is measured, `status` that of the last answer head that was made.
     `keep_alive` may be switched off by whoever answers.
     """
 
@@ -61,7 +66,9 @@ class Exchange:
         "readiness",
         "request_id",
         "sent_bytes",
+        "span",
         "started_s",
+        "status",
         "trace_lines",
     )
 
@@ -93,6 +100,8 @@ class Exchange:
         self.sent_bytes = 0
         self.started_s = 0.0
         self.trace_lines: bytes | None = None
+        self.span: Span | None = None
+        self.status = 0
         self._has_body_left = False
         self._unsent: memoryview | None = None
 
@@ -192,6 +201,7 @@ class Exchange:
 
     def head_block(self, status: int, header_block: bytes, length: int | None) -> bytes:
         """A complete answer head; `length` None: chunked under HTTP/1.1, until close under 1.0."""
+        self.status = status
         if length is not None:
             framing = b"content-length: %d\r\n" % length
             if status == 204 or status < 200:

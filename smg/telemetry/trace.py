@@ -162,8 +162,9 @@ class Tracer:
         if len(finished) >= BATCH_SPANS:
             self._is_batch_full.set()
 
-    async def run(self) -> None:
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Export until cancelled, then export what is left for at most `LAST_EXPORT_S`."""
+        task_status.started()
         # One export at a time: a slow collector must not gather threads.
         limiter = trio.CapacityLimiter(1)
         try:
