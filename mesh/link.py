@@ -27,6 +27,7 @@ class Link:
         "bucket_mask",
         "cursors",
         "has_sums",
+        "is_closing",
         "is_heard",
         "keys",
         "peer",
@@ -58,6 +59,8 @@ class Link:
         """Last writer wins: our bucket sums are to be sent."""
         self.snap_want: SnapWant | None = None
         """Streams: the snapshot to ask this peer for."""
+        self.is_closing = False
+        """Last writer wins: our watermark is to be sent when all keys are."""
         self.bucket_mask = 0
         """Last writer wins: buckets to ask for."""
 

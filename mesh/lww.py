@@ -31,6 +31,7 @@ from mesh.owner_maps import check_sizes
 from mesh.owner_records import DELTA_BYTES_MAX
 from mesh.records import (
     PUSH,
+    QUIET,
     Delta,
     Kind,
     Sums,
@@ -232,7 +233,7 @@ class LwwMap:
                 theirs = Stamp(row.life, row.owner)
                 if theirs.wall_s <= self.home.wall(now) + self.home.settings.stamp_ahead_max_s:
                     self.watermark = max(self.watermark, theirs)
-            elif vector.flags & PUSH or self.home.name < link.peer:
+            elif vector.flags & PUSH or (not vector.flags & QUIET and self.home.name < link.peer):
                 link.has_sums = True
                 link.wake()
 
@@ -256,6 +257,7 @@ class LwwMap:
         for key in self.entries:
             if mask >> bucket_of(key) & 1:
                 link.keys[key] = None
+        link.is_closing = True
         link.wake()
 
     def next_frame(self, link: Link, now: float) -> Frame | None:
@@ -267,6 +269,9 @@ class LwwMap:
             frame = self._delta_frame(link)
             if frame is not None:
                 return frame
+        if link.is_closing:
+            link.is_closing = False
+            return self.vector(QUIET)
         if link.has_sums:
             link.has_sums = False
             return encode_body(Sums(self.name, tuple(self._sums)))

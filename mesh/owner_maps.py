@@ -160,6 +160,8 @@ class OwnerMaps:
     def receive_vector(self, link: Link, vector: Vector, now: float) -> None:
         """Compare with a peer's vector: ask for what we lack, send what it lacks and may have of us."""
         may_push = self.home.is_relay or bool(vector.flags & PUSH)
+        if not self.keeps_lives:
+            self._own_rows(vector, now)
         mine = {
             source: Position(log.have, self._mark(log))
             for source, log in self.logs.items()
@@ -186,11 +188,17 @@ class OwnerMaps:
             if source in self.logs and source not in link.resets:
                 link.cursors[source] = row.have
 
+    def _own_rows(self, vector: Vector, now: float) -> None:
+        """What others have of us that we never said can only be of a former life."""
+        for row in vector.rows:
+            if row.owner == self.home.name and row.life >= self.life:
+                has_more = row.life > self.life or row.have > self.own.have
+                if has_more and self.home.is_credible(row.life, now):
+                    self.outrank(row.life, now)
+
     def _lacking(self, link: Link, row: Row, now: float) -> None:
         source = (row.owner, row.life)
         if row.owner == self.home.name and not self.keeps_lives:
-            if row.life >= self.life and self.home.is_credible(row.life, now):
-                self.outrank(row.life, now)
             return
         if not self._is_welcome(source, now):
             return

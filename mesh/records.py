@@ -37,6 +37,8 @@ class Kind(IntEnum):
 
 PUSH = 1
 """Vector flag: send me what I lack, of all sources (else only what is your own)."""
+QUIET = 2
+"""Vector flag of last-writer-wins: the end of an exchange, to share the watermark if we are equal now; say nothing."""
 RESET = 1
 """Delta and want flag: the whole map of the source; entries not in it are gone."""
 FIRST = 2
