@@ -217,9 +217,9 @@ class World:
         started = time.process_time_ns()
         worker = policy.choose(call, gateway.workers, now, self.rng)
         assert worker is not None, "all workers are candidates"
+        load.begin(worker, call.request.prompt_tokens)
         policy.placed(call, worker, now)
         self._decisions_us.append((time.process_time_ns() - started) / 1_000)
-        load.begin(worker, call.request.prompt_tokens)
         position = worker.order
         run = _Run(call, gateway, position)
         self._runs[call.request_id] = run
