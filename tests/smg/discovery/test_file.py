@@ -54,8 +54,14 @@ def test_members_that_nobody_reads_are_remarked() -> None:
         (b'{"version":1}', "workers must be a list"),
         (text("http://a"), "workers[0]: a worker is a JSON object"),
         (text({"url": "http://a"}, {}), "workers[1].url: url is missing"),
-        (text({"url": "http://a"}, {"url": "http://b", "cost": "x"}), "workers[1].cost: "),
-        (text({"url": "http://a", "health": {"timeout_secs": []}}), "workers[0].health.timeout_secs: "),
+        (
+            text({"url": "http://a"}, {"url": "http://b", "cost": "x"}),
+            "workers[1].cost: Expected `float`, got `str`",
+        ),
+        (
+            text({"url": "http://a", "health": {"timeout_secs": []}}),
+            "workers[0].health.timeout_secs: Expected",
+        ),
         (text({"url": "http://a"}, {"url": "http://A/"}), "workers[1].url: http://a is named twice"),
     ],
 )
