@@ -48,6 +48,7 @@ class Held(msgspec.Struct, frozen=True):
     headers: list[tuple[bytes, bytes]]
     body: bytes
     id_line: bytes
+    has_length: bool = True
 
 
 class Failed(msgspec.Struct, frozen=True):
@@ -361,8 +362,12 @@ class Dispatch:
         if held is None:
             assert failed.error is not None
             raise problem.of_upstream(failed.error)
-        head = exchange.head_block(held.status, returned(held.headers) + held.id_line, len(held.body))
-        await exchange.write(head + held.body)
+        body = held.body
+        length = len(body) if held.has_length else None
+        head = exchange.head_block(held.status, returned(held.headers) + held.id_line, length)
+        if length is None and not exchange.head.is_http10:  # what had no length gets none (DN-4)
+            body = (b"%x\r\n%b\r\n" % (len(body), body) if body else b"") + b"0\r\n\r\n"
+        await exchange.write(head + body)
         return held.status
 
 
@@ -380,7 +385,8 @@ async def hold(exchange: Exchange, upstream: Upstream, lines: Lines) -> Held | N
         raise UpstreamError(
             UpstreamError.TIMEOUT, "answer not complete within the timeout", was_sent=True
         ) from None
-    return Held(upstream.status, upstream.headers, upstream.take(), lines.id_line)
+    has_length = upstream.length is not None
+    return Held(upstream.status, upstream.headers, upstream.take(), lines.id_line, has_length)
 
 
 async def _relay_rerank(exchange: Exchange, call: Call, upstream: Upstream, lines: Lines) -> Told:

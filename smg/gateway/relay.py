@@ -83,9 +83,10 @@ def whole_answer(exchange: Exchange, upstream: Upstream, id_line: bytes, told: T
     length = upstream.length
     lines = upstream.head_lines
     if lines is None:
-        lines = returned(upstream.headers) + id_line
+        lines = returned(upstream.headers)
         upstream.keep_lines(lines)
-    head = exchange.head_block(upstream.status, lines, length)
+    # The id is not kept with the lines: workers behind one address share its connections.
+    head = exchange.head_block(upstream.status, lines + id_line, length)
     if body:
         told.usage = usage_of(body[-TAIL_BYTES:])
         if length is not None:

@@ -219,7 +219,7 @@ class Exchange:
                 header_block,
                 self.extra_lines,
                 framing,
-                self.date_line,
+                b"" if header_block.startswith(b"date: ") else self.date_line,
                 b"x-request-id: ",
                 self.request_id.encode(),
                 self.connection_line(),

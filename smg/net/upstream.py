@@ -46,6 +46,7 @@ class Upstream:
     __slots__ = (
         "_after",
         "_before",
+        "_collected",
         "_is_head_request",
         "_last",
         "_parser",
@@ -79,6 +80,7 @@ class Upstream:
         self._before = b""
         self._after = b""
         self._last = _LastHead(0, [], b"")
+        self._collected: list[tuple[bytes, bytes]] = []
         self._begin()
 
     def _begin(self) -> None:
@@ -237,20 +239,23 @@ class Upstream:
 
     # What httptools calls.
 
+    def on_message_begin(self) -> None:
+        """Raises when this is a second answer: the parser stops, and the connection is not used again."""
+        if self.is_complete:
+            raise ValueError("a second answer on one request")
+
     def on_header(self, name: bytes, value: bytes) -> None:
-        """One header line."""
-        self.headers.append((name.lower(), value))
+        """One header line of a head; one of a trailer is collected and never looked at."""
+        self._collected.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
         """The head has ended."""
-        if self.is_complete:
-            # A second answer on one request: whatever it is, this connection is not used again.
-            self.may_be_reused = False
-            return
+        headers, self._collected = self._collected, []
         status = self._parser.get_status_code()
         if status < 200:
             return
         self.status = status
+        self.headers = headers
         self.is_head_done = True
         length = None
         for name, value in self.headers:
@@ -271,7 +276,6 @@ class Upstream:
     def on_message_complete(self) -> None:
         """The answer has ended; an interim one (1xx) is forgotten."""
         if self.status < 200:
-            self.headers = []
             return
         if not self.is_complete:
             self.is_complete = True
@@ -308,6 +312,8 @@ class Upstream:
         raw = self._raw
         if self.length is None or len(raw) != self.received_bytes or not self.may_be_reused:
             return
+        if self.status in (204, 304):
+            return  # their length says nothing of a body
         digits = next(value for name, value in self.headers if name == b"content-length")
         end = raw.find(b"\r\n\r\n") + 4
         at = raw[:end].lower().find(b"\r\ncontent-length:")

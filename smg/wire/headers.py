@@ -76,6 +76,7 @@ _TRACE = frozenset((b"traceparent", b"tracestate"))
 _NOT_RETURNED = frozenset(
     (
         b"connection",
+        b"date",  # comes first, see `returned`
         b"keep-alive",
         b"te",
         b"trailer",
@@ -148,7 +149,7 @@ def forwarded_lines(
 def returned(headers: Sequence[Header]) -> bytes:
     """The header lines of a worker's answer for the client, each ended by CRLF (DN-2).
 
-    Left out: hop-by-hop headers with those that `connection` names, `content-length` (the relay writes it),
+    A `date` comes first, so that whoever adds what is missing sees it (HTTP-17). Left out: hop-by-hop headers with those that `connection` names, `content-length` (the relay writes it),
     `x-request-id` and `x-smg-worker-id`.
     """
     pieces: list[bytes] = []
@@ -157,6 +158,8 @@ def returned(headers: Sequence[Header]) -> bytes:
         if name in _NOT_RETURNED:
             if name == b"connection" and value not in (b"keep-alive", b"close", b"Keep-Alive"):
                 named = (named or set()) | {word.strip().lower() for word in value.split(b",")}
+            elif name == b"date" and pieces[:1] != [b"date"]:
+                pieces[0:0] = (name, b": ", value, b"\r\n")
         elif not name.startswith(b"proxy-"):
             pieces += (name, b": ", value, b"\r\n")
     if named:
