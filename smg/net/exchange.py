@@ -200,7 +200,10 @@ class Exchange:
         await self.write(head if self.head.method == b"HEAD" else head + body)
 
     def head_block(self, status: int, header_block: bytes, length: int | None) -> bytes:
-        """A complete answer head; `length` None: chunked under HTTP/1.1, until close under 1.0."""
+        """A complete answer head; `length` None: chunked under HTTP/1.1, until close under 1.0.
+
+        Date is added unless `header_block` begins with one.
+        """
         self.status = status
         if length is not None:
             framing = b"content-length: %d\r\n" % length

@@ -217,14 +217,18 @@ class ConnectionPool:
             raise
         plain = PlainConnection(sock, self._readiness)
         try:
-            if code:
+            if code and (code := sock.connect_ex((address, origin.port))) != errno.EISCONN:
+                # Not there yet. (On one host the handshake is over when `connect` returns, and a wait is saved.)
+                if code not in (0, errno.EALREADY, errno.EINPROGRESS):
+                    # Refused already. Asking takes the error from the socket, so no later look would find it.
+                    raise ConnectionLost(os.strerror(code))
                 plain.slot.is_writable = False
                 if not await parking.wait_writable(plain.slot):
                     raise DeadlinePassed
                 code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
                 if code:
                     raise ConnectionLost(os.strerror(code))
-            if sock.getsockname() == sock.getpeername():
+            if sock.getsockname()[:2] == (address, origin.port):
                 # A free port of the ephemeral range can connect to itself; nobody listens there.
                 raise ConnectionLost(os.strerror(errno.ECONNREFUSED))
             plain.slot.is_hung_up = plain.slot.is_lost = plain.slot.is_readable = False

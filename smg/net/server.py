@@ -21,7 +21,9 @@ from smg.net.exchange import NO_HEAD, Exchange, ServerLimits
 from smg.net.readiness import Readiness
 from smg.wire.http1 import RequestHead, RequestReader
 
-ACCEPTS_PER_WAKE = 64  # after this many the other tasks get a turn
+ACCEPTS_PER_WAKE = (
+    4  # few: those accepted are served before more come in, so that a burst does not wait for its last
+)
 OUT_OF_FILES_PAUSE_S = 0.1
 
 Handler = Callable[[Exchange], Awaitable[None]]
@@ -132,6 +134,7 @@ class Server:
 
     async def _converse(self, sock: socket.socket, peer: str) -> None:
         plain = PlainConnection(sock, self._readiness)
+        plain.slot.is_readable = True  # clients send at once: the head is likely here before epoll says so
         connection: Connection = plain
         if self._tls is not None:
             connection = TlsConnection(plain, self._tls, server_side=True)
