@@ -182,11 +182,10 @@ class PrefillDecode:
 
 def _blamed(error: SmgError, prefill: Prefill) -> SmgError:
     """What the failure of the decode leg means: a worker that waited in vain for the prefill is not to blame for it."""
-    is_timeout = isinstance(error, UpstreamError) and error.kind == UpstreamError.TIMEOUT
-    if not is_timeout or prefill.is_whole or prefill.error is not None:
+    if not isinstance(error, UpstreamError) or error.kind != UpstreamError.TIMEOUT or prefill.is_whole:
         return error
-    assert isinstance(error, UpstreamError)
-    prefill.error = error
+    if prefill.error is None:
+        prefill.error = error
     return PrefillFailed()
 
 

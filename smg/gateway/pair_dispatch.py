@@ -218,19 +218,21 @@ class PairDispatch:
         worker = prefill.worker
         told = Told()
         is_success: bool | None = None
-        if prefill.error is not None:
-            is_success = False
-            self._dispatch.note_failure(worker, prefill.error)
-        elif prefill.is_whole:
-            is_success = not is_failure(prefill.status, worker)
-            if prefill.has_failed:
-                self._dispatch.note_rest(worker, _held(prefill), now)
-            else:
-                # The whole answer stands for the first byte: a prefill worker makes one token at most.
-                told.first_byte_s = now
-                told.usage = usage_of(prefill.body)
-                booked.lane.policy.first_byte(booked.leg.call, worker, now - booked.started_s, now)
-        booked.end(self._dispatch, prefill.status, told, is_success)
+        try:
+            if prefill.error is not None:
+                is_success = False
+                self._dispatch.note_failure(worker, prefill.error)
+            elif prefill.is_whole:
+                is_success = not is_failure(prefill.status, worker)
+                if prefill.has_failed:
+                    self._dispatch.note_rest(worker, _held(prefill), now)
+                else:
+                    # The whole answer stands for the first byte: a prefill worker makes one token at most.
+                    told.first_byte_s = now
+                    told.usage = usage_of(prefill.body)
+                    booked.lane.policy.first_byte(booked.leg.call, worker, now - booked.started_s, now)
+        finally:
+            booked.end(self._dispatch, prefill.status, told, is_success)
 
     async def _next_pair(
         self, exchange: Exchange, prefill: Leg, decode: Leg, attempts: int, failure: PairFailed
@@ -325,12 +327,13 @@ def _message_of(held: Held) -> str:
 
 def _without_addresses(message: str, pair: tuple[Worker, Worker]) -> str:
     """Engines name the other worker in what they say of a transfer; clients are not to see it (DN-3)."""
+    places: set[str] = set()
     for worker in pair:
-        places = [worker.base_url, worker.host_header.decode("latin-1")]
+        places |= {worker.base_url, worker.host_header.decode("latin-1")}
         if worker.spec.bootstrap_port is not None:
-            places.append(f"{worker.host}:{worker.spec.bootstrap_port}")
-        if "." in worker.host or ":" in worker.host:
-            places.append(worker.host)
-        for place in places:
-            message = message.replace(place, "worker")
+            places.add(f"{worker.host}:{worker.spec.bootstrap_port}")
+        if "." in worker.host or ":" in worker.host:  # a bare word may be a word of the message
+            places.add(worker.host)
+    for place in sorted(places, key=len, reverse=True):
+        message = message.replace(place, "worker")
     return message
