@@ -60,9 +60,9 @@ def parse(text: bytes, default_api_key: str | None = None) -> tuple[tuple[Worker
             spec = spec_of(entry)
         except GatewayError as error:
             member = f"{error.param}: " if error.param else ""
-            text = error.message if error.message.startswith(member) else member + error.message
+            reason = error.message if error.message.startswith(member) else member + error.message
             dot = "." if member else ": "
-            raise BrokenFile(f"{where}{dot}{text}"[:MESSAGE_CHARS_MAX]) from None
+            raise BrokenFile(f"{where}{dot}{reason}"[:MESSAGE_CHARS_MAX]) from None
         if spec.url in found:
             raise BrokenFile(f"{where}.url: {spec.url} is named twice")
         if spec.api_key is None and default_api_key is not None:
