@@ -32,6 +32,12 @@ class SealError(MeshError):
     code = "seal"
 
 
+class EchoError(SealError):
+    """The other end is this very life: we dialled ourselves. Nothing changed."""
+
+    code = "echo"
+
+
 class BoundError(MeshError):
     """A caller asked for more than a bound allows (a value too long, a table full). Nothing changed."""
 
@@ -49,3 +55,13 @@ class WeatherError(MeshError):
 
     code = "weather"
     retryable = True
+
+
+class DialError(WeatherError):
+    """A dial failed. `is_refused`: the host answered that the port is closed, so no process listens there."""
+
+    code = "dial"
+
+    def __init__(self, text: str, is_refused: bool = False) -> None:
+        super().__init__(text)
+        self.is_refused = is_refused

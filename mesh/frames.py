@@ -24,7 +24,7 @@ class FrameType(IntEnum):
     """Frame types. Unknown types are skipped, so that a later version can add some."""
 
     HELLO = 1
-    """Opening of a stream, by both sides: who I am, what I speak."""
+    """First frame of the dialer: who I am, what I speak; answered by WELCOME or REFUSED."""
     MEMBERS = 2
     """Member table of the side that asks (push-pull); answered by MEMBERS_REPLY."""
     MEMBERS_REPLY = 3
@@ -33,14 +33,17 @@ class FrameType(IntEnum):
     ACK = 5
     KEEPALIVE = 6
     """One-way, never answered."""
-    LEAVE = 7
-    """The sender leaves the cluster; answered by LEAVE_ACK."""
-    LEAVE_ACK = 8
+    WELCOME = 7
+    """First frame of the acceptor: who I am; the stream is open."""
+    NEWS = 8
+    """Any other membership packet (codec.py knows its kind); answered, if at all, by another kind."""
     ASK = 9
     """A question of the library's user; answered by ANSWER."""
     ANSWER = 10
     REFUSED = 11
-    """Why this stream is going to be closed (label, version, name conflict); never answered."""
+    """Last frame of a stream: why it is closed (greeting.py has the codes); never answered."""
+    DATAGRAM = 12
+    """What would be a datagram, in meshes where only streams are protected (TLS without a secret)."""
 
     VECTOR = 32
     """What I have, per namespace and owner; answered by DELTA, WANT, SUMS or SNAP_WANT."""

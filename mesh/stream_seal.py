@@ -22,7 +22,7 @@ import struct
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from mesh.errors import DecodeError, SealError
+from mesh.errors import DecodeError, EchoError, SealError
 from mesh.frames import FRAME_BYTES_MAX, HEADER_BYTES, Frame, FrameReader, encode_frame
 from mesh.seal import FLAG_SEALED, MAGIC, NONCE_PREFIX, TAG_BYTES, VERSION, Mode, Sealer, label_id
 
@@ -109,7 +109,7 @@ class StreamSeal:
         is_sealed = bool(flags & FLAG_SEALED)
         if boot == self._sealer.boot:
             self._sealer.count("stream_own")
-            raise SealError("we talk to ourselves")
+            raise EchoError("we talk to ourselves")
         if self._is_dialer and is_sealed != self.is_sealed:
             raise SealError("the acceptor answers in another form")
         if is_sealed:
