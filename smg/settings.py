@@ -12,7 +12,6 @@ from typing import Annotated
 
 import msgspec
 
-from smg.errors import SettingsError
 from smg.settings_flag import (
     Field,
     Flag,

@@ -36,7 +36,8 @@ async def test_http_1_keeps_the_connection_and_answers_pipelined_requests_in_ord
             server.port,
             b"GET /a HTTP/1.1\r\nhost: x\r\n\r\n"
             b"POST /b HTTP/1.1\r\nhost: x\r\ncontent-length: 3\r\n\r\nabc"
-            b"POST /c HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n2;q=1\r\nxy\r\n0\r\nt: 1\r\n\r\n" + CLOSE,
+            b"POST /c HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n2;q=1\r\nxy\r\n0\r\nt: 1\r\n\r\n"
+            + CLOSE,
         )
     assert received.count(b"HTTP/1.1 200 OK") == 4
     at = [received.index(text) for text in (b"GET /a 0", b"POST /b 3", b"POST /c 2", b"GET /last 0")]
@@ -70,7 +71,9 @@ async def test_http_4_continue_is_sent_before_the_body_is_read(start_plain):
     assert b"POST /b 2" in received
 
 
-async def test_http_8_a_body_over_the_limit_is_refused_before_it_is_read_and_the_answer_can_be_read(start_plain):
+async def test_http_8_a_body_over_the_limit_is_refused_before_it_is_read_and_the_answer_can_be_read(
+    start_plain,
+):
     async with start_plain(echo, ServerLimits(payload_bytes_max=10)) as server:
         received = await talk(
             server.port, b"POST /b HTTP/1.1\r\nhost: x\r\ncontent-length: 500000\r\n\r\n" + b"x" * 500_000
