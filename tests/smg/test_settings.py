@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
+from smg.errors import SettingsError
 from smg.settings import (
     FIELDS,
     GROUPS,
@@ -17,7 +18,6 @@ from smg.settings import (
     Prefill,
     Routing,
     Settings,
-    SettingsError,
     Telemetry,
     Workers,
 )
