@@ -51,8 +51,9 @@ class SwimSettings(msgspec.Struct, frozen=True, kw_only=True):
     stream_probe: bool = True
     """Also ping over a stream when UDP does not answer: with UDP blocked nobody is suspected."""
 
-    suspicion_mult: float = 4.0
-    """A suspicion lasts mult * max(1, log10 N) * probe_interval_s when confirmed (N <= 10: 2 s)."""
+    suspicion_mult: float = 3.75
+    """A suspicion lasts mult * max(1, log10 N) * probe_interval_s when confirmed (N <= 10: 1.9 s). memberlist: 4;
+    a little less keeps the slowest death of 64 members below 5.5 s."""
 
     suspicion_mult_eof: float = 3.0
     """The same when the suspicion began with the end of the member's stream: a process death is likely."""
@@ -62,6 +63,11 @@ class SwimSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     confirmations: int = 2
     """Independent accusers that bring the suspicion down to its minimum (memberlist: mult - 2)."""
+
+    corroborators: float = 6.0
+    """So many members, on average, probe a suspect at once when they hear of the suspicion, instead of waiting for
+    its turn: confirmations come within an interval when it is dead, and the suspect hears of it when it is not.
+    (Not in Lifeguard.) 0 = never."""
 
     refused_rule: bool = True
     """A port that refuses our dial, and a helper's where there is one, is a dead process: dead after refused_s."""
@@ -166,7 +172,9 @@ MEMBERLIST_LAN = SwimSettings(
     probe_interval_s=1.0,
     probe_timeout_min_s=0.5,
     probe_timeout_max_s=0.5,
+    suspicion_mult=4.0,
     suspicion_mult_eof=4.0,
+    corroborators=0.0,
     refused_rule=False,
     gossip_interval_s=0.2,
     gossip_delay_s=0.1,
@@ -175,3 +183,94 @@ MEMBERLIST_LAN = SwimSettings(
 )
 """The values of hashicorp/memberlist's DefaultLANConfig in this machine, as a yardstick for the simulator.
 `repair_interval_s=0` and `redial_interval_s=0` switch off what memberlist does not have."""
+
+
+class AgentSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """Settings of one agent: who it is, where it listens, whom it looks for, how it is protected.
+
+    Raises SettingsError from `checked()`. The membership machine's and the replica's settings are structs of their own.
+    """
+
+    name: str
+    """The member's identity, the same after a restart; not empty, no colon."""
+
+    host: str = "0.0.0.0"
+    """Where to listen: an address of this host, `0.0.0.0` for all, `::` for all of both families."""
+
+    port: int = 7946
+    """One number for UDP and TCP; 0 lets the kernel choose. Also the port of seeds given without one."""
+
+    advertise: str = ""
+    """`host` or `host:port` others reach us at. Empty: the bound host, or if that is unspecified the local address from
+    which the first seed is reached."""
+
+    seeds: tuple[str, ...] = ()
+    """`host:port`, names or addresses; all are tried, for ever. None: a mesh of one that others may join."""
+
+    label: str = ""
+    """Meshes of different labels never merge, even with one key."""
+
+    secrets: tuple[bytes, ...] = ()
+    """The keyring, first key sends; none: plain."""
+
+    accepts_plain: bool = False
+    """With a keyring: read plain packets too, for the first of the two restarts from plain to sealed."""
+
+    meta: bytes = b""
+    """Opaque bytes in our member record, at most META_BYTES_MAX."""
+
+    features: int = 0
+    """Bitmap for the library's users."""
+
+    full_mesh_max: int = 32
+    """Up to so many members every pair keeps a stream: 31 streams a node, and news takes one hop. Above, each node
+    keeps about `neighbours` and state is relayed."""
+
+    neighbours: int = 8
+    """Streams a node keeps in a larger mesh: half of them dialled, half accepted. A random graph of degree 8 stays
+    connected and has a diameter of 4 at 1,000 members."""
+
+    maintain_interval_s: float = 1.0
+    """Missing streams are dialled and idle ones closed this often."""
+
+    keepalive_s: float = 5.0
+    """A stream on which nothing was sent for so long says that it is alive, and which digest its sender has."""
+
+    silent_s: float = 20.0
+    """A stream on which nothing came for so long (of our own running time) is closed and dialled anew."""
+
+    errand_s: float = 10.0
+    """In a larger mesh, a stream that is not to be kept is closed after so long without traffic."""
+
+    dial_s: float = 2.0
+    """Patience for a TCP connection: two SYN retransmissions would come at 1 s and 3 s."""
+
+    greeting_s: float = 3.0
+    """Patience for TLS and greeting, on either side."""
+
+    greetings_max: int = 64
+    """Streams that have not greeted yet; with more, the oldest is dropped, so that strangers cannot fill the room."""
+
+    resolve_s: float = 3.0
+    """Patience for the resolution of a seed's name."""
+
+    queue_frames_max: int = 512
+    """Membership frames and questions that wait for one stream; the oldest goes. State does not wait here."""
+
+    questions_max: int = 1024
+    """Questions to peers without an answer yet; more are refused."""
+
+    def checked(self) -> AgentSettings:
+        """Return self. Raises SettingsError naming the first impossible value."""
+        if not 0 <= self.port < 65536:
+            raise SettingsError(f"no such port: {self.port}")
+        if self.accepts_plain and not self.secrets:
+            raise SettingsError("accepts_plain needs a keyring: without one everything is plain")
+        for name in ("maintain_interval_s", "keepalive_s", "dial_s", "greeting_s", "resolve_s"):
+            if not getattr(self, name) > 0:
+                raise SettingsError(f"{name} must be above 0, not {getattr(self, name)!r}")
+        if self.silent_s < 2 * self.keepalive_s:
+            raise SettingsError("silent_s must leave room for two keep-alives")
+        if self.neighbours < 2 or self.full_mesh_max < 2:
+            raise SettingsError("neighbours and full_mesh_max must be at least 2")
+        return self

@@ -164,6 +164,11 @@ class StreamSeal:
             raise DecodeError("frame without a type")
         return Frame(plain[0], plain[1:])
 
+    @property
+    def heard_salt(self) -> bytes:
+        """The salt in the peer's opening, as far as it came; the dialer's is unlike any other."""
+        return bytes(self._head[OPENING_BYTES - SALT_BYTES :])
+
     def finish(self) -> None:
         """The stream ended. Raises DecodeError if it ended inside the opening or a frame."""
         if not self.is_open:
