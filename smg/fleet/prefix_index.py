@@ -425,7 +425,7 @@ class PrefixIndex:
                 elif not mask & bit:
                     shard[block] = self._shared(mask | bit)
             used[block] = hashes[position - 1] if position else ROOT
-        if first_new is not None:
+        if first_new is not None or before > slot.capacity:
             self._grown(slot, before)
             if first_unheard:
                 self._count_child(hashes[first_unheard - 1])
@@ -465,7 +465,7 @@ class PrefixIndex:
             above = hashes[first_unheard - 1] if first_unheard else parent
             if above != ROOT:
                 self._count_child(above)
-        if len(used) != before:
+        if len(used) != before or before > slot.capacity:
             self._grown(slot, before)
         return True
 

@@ -1,0 +1,564 @@
+"""`cache_aware`: the cheapest in seconds; what it explains is what it does; nobody owns what was taken away."""
+
+from __future__ import annotations
+
+import copy
+from random import Random
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from smg.api.call import Call
+from smg.api.endpoints import CHAT, GENERATE
+from smg.fleet import load
+from smg.fleet.block_hashes import BlockHasher
+from smg.fleet.prefix_index import PrefixIndex
+from smg.fleet.service_model import PrefillModels
+from smg.fleet.worker import Worker, WorkerSpec
+from smg.policies.cache_aware import CacheAware, CacheAwareSettings
+from smg.policies.neighbours import News
+from smg.policies.policy import Outcome
+from smg.policies.price import FLEET_MAX
+from smg.policies.threshold import ThresholdRule
+from tests.smg.fleet.builders import registry, reported, url_of, workers_of
+
+
+def text_of(seed: int, blocks: int) -> str:
+    rng = Random(seed)
+    return "".join(f"{rng.getrandbits(64):016x}" * 32 for _ in range(blocks))
+
+
+def call(text: str, *, model: str = "m", is_stream: bool = True, **members: Any) -> Call:
+    document = {"messages": [{"role": "user", "content": text}], **members}
+    return Call(CHAT, model, b"", document, is_stream=is_stream)
+
+
+class Site:
+    """A policy with its workers: the verbs in the order in which dispatch says them."""
+
+    def __init__(self, workers: tuple[Worker, ...], policy: CacheAware | None = None, seed: int = 1) -> None:
+        self.workers = workers
+        self.policy = policy if policy is not None else CacheAware("m")
+        self.rng = Random(seed)
+        self.now = 100.0
+
+    def send(self, text: str, to: Worker | None = None, **fields: Any) -> tuple[Call, Worker]:
+        asked = call(text, **fields)
+        worker = to or self.policy.choose(asked, self.workers, self.now, self.rng)
+        assert worker is not None
+        load.begin(worker)
+        self.policy.placed(asked, worker, self.now)
+        return asked, worker
+
+    def answer(
+        self, asked: Call, worker: Worker, after_s: float = 0.1, status: int = 200, **told: Any
+    ) -> None:
+        self.now += after_s
+        if asked.is_stream and status == 200:
+            self.policy.first_byte(asked, worker, after_s, self.now)
+        load.end(worker)
+        outcome = Outcome(status, status == 200, ttft_s=after_s, duration_s=after_s, **told)
+        self.policy.finished(asked, worker, outcome, self.now)
+
+    def serve(self, text: str, to: Worker | None = None, **told: Any) -> Worker:
+        asked, worker = self.send(text, to)
+        self.answer(asked, worker, **told)
+        return worker
+
+    def chosen(self, text: str) -> Worker:
+        worker = self.policy.choose(call(text), self.workers, self.now, copy.copy(self.rng))
+        assert worker is not None
+        return worker
+
+    def rows(self, text: str) -> dict[str, Any]:
+        told = self.policy.terms(call(text), self.workers, self.now, copy.copy(self.rng))
+        return {row.worker_id: row for row in told}
+
+
+# -- the choice --------------------------------------------------------------------------------
+
+
+def test_the_next_turn_goes_where_the_last_one_went():
+    site = Site(workers_of(8))
+    history = text_of(1, 20)
+    first = site.serve(history)
+    for turn in range(5):
+        history += text_of(100 + turn, 2)
+        assert site.serve(history) is first
+
+
+def test_unknown_prompts_spread_over_idle_workers():
+    site = Site(workers_of(4))
+    used = {site.serve(text_of(seed, 4), after_s=60.0).order for seed in range(60)}
+    assert used == {0, 1, 2, 3}
+
+
+def test_a_burst_of_unknown_prompts_is_dealt_evenly_before_any_answer():
+    site = Site(workers_of(4))
+    for seed in range(40):
+        site.send(text_of(seed, 20))
+    assert {worker.in_flight for worker in site.workers} == {10}
+
+
+def test_a_holder_that_is_too_busy_is_left_for_an_idle_worker():
+    site = Site(workers_of(2))
+    history = text_of(1, 10)
+    holder = site.serve(history)
+    assert site.chosen(history) is holder
+    for seed in range(30):
+        site.send(text_of(1000 + seed, 100), to=holder)
+    assert site.chosen(history) is not holder
+
+
+def test_a_long_prefix_is_worth_a_longer_wait_than_a_short_one():
+    def others_until_it_moves(blocks: int) -> int:
+        site = Site(workers_of(2))
+        history = text_of(1, blocks)
+        holder = site.serve(history)
+        for sent in range(500):
+            if site.chosen(history) is not holder:
+                return sent
+            site.send(text_of(2000 + sent, 20), to=holder)
+        return 500
+
+    assert others_until_it_moves(10) < others_until_it_moves(100) < 500
+
+
+def test_waiting_drains_with_time_and_with_first_bytes():
+    site = Site(workers_of(1))
+    asked, worker = site.send(text_of(1, 200))
+    first = site.rows("x")[worker.id].wait
+    assert first > 1.0
+    site.now += 0.5
+    assert site.rows("x")[worker.id].wait == pytest.approx(first - 0.5)
+    site.policy.first_byte(asked, worker, 0.6, site.now)
+    assert site.rows("x")[worker.id].wait == 0.0
+
+
+def test_a_stream_that_is_late_still_counts_as_being_prefilled():
+    site = Site(workers_of(1))
+    site.send(text_of(1, 50))
+    second, worker = site.send(text_of(2, 50))
+    site.now += 1000.0
+    waits = site.rows("x")[worker.id].wait
+    assert waits == pytest.approx(site.policy._open[(id(second), worker.id)].seconds)
+
+
+def test_plain_requests_are_taken_to_be_prefilled_in_their_time():
+    site = Site(workers_of(1))
+    for seed in range(3):
+        site.send(text_of(seed, 50), is_stream=False)
+    worker = site.workers[0]
+    before = site.rows("x")[worker.id].wait
+    site.now += before / 2
+    assert site.rows("x")[worker.id].wait == pytest.approx(before / 2)
+    site.now += before
+    assert site.rows("x")[worker.id].wait == 0.0
+
+
+def test_priority_breaks_ties_and_cost_multiplies():
+    built = registry()
+    specs: list[dict[str, Any]] = [{"priority": 50}, {"priority": 60}, {"priority": 60, "cost": 1.5}]
+    workers = tuple(
+        built.add(WorkerSpec(url_of(number), model_id="m", **fields), 0.0)
+        for number, fields in enumerate(specs)
+    )
+    assert {Site(workers, seed=seed).chosen(text_of(1, 5)).order for seed in range(20)} == {1}
+
+
+def test_others_requests_in_a_report_count_and_age():
+    site = Site(workers_of(2))
+    busy = site.workers[0]
+    reported(busy, site.now, running=5, waiting=4, waiting_tokens=48_000)
+    reported(site.workers[1], site.now)
+    waited = site.rows("x")[busy.id].wait
+    assert waited > 4.0
+    site.now += 2.0
+    assert site.rows("x")[busy.id].wait == pytest.approx(waited - 2.0)
+    assert site.chosen(text_of(1, 4)) is site.workers[1]
+
+
+def test_a_report_of_our_own_requests_adds_nothing_to_our_own_account():
+    site = Site(workers_of(1))
+    worker = site.workers[0]
+    for seed in range(4):
+        site.send(text_of(seed, 40))
+    before = site.rows("x")[worker.id].wait
+    reported(worker, site.now, running=1, waiting=3, waiting_tokens=90_000)
+    assert site.rows("x")[worker.id].wait == pytest.approx(before)
+
+
+def test_a_report_that_is_too_old_does_not_count():
+    site = Site(workers_of(1))
+    worker = site.workers[0]
+    reported(worker, site.now, until_s=site.now + 0.75, running=5, waiting=9, waiting_tokens=90_000)
+    assert site.rows("x")[worker.id].wait > 1.0
+    site.now += 1.0
+    assert site.rows("x")[worker.id].wait == 0.0
+
+
+def test_a_full_cache_costs_the_end_of_a_running_answer_unless_the_prompt_fits():
+    site = Site(workers_of(2))
+    reported(site.workers[0], site.now, running=0, kv_usage=0.99, kv_capacity_tokens=100_000)
+    reported(site.workers[1], site.now, running=0, kv_usage=0.90, kv_capacity_tokens=100_000)
+    rows = site.rows(text_of(1, 50))
+    assert rows[site.workers[0].id].wait > 1.0
+    assert rows[site.workers[1].id].wait == 0.0
+    assert site.rows("short")[site.workers[0].id].wait == 0.0
+
+
+def test_a_busier_fleet_pays_more_for_a_hit():
+    idle, busy = Site(workers_of(2)), Site(workers_of(2))
+    for seed in range(60):
+        busy.answer(*busy.send(text_of(seed, 100)), after_s=0.5)
+    prompt = text_of(999, 40)
+    cheap = idle.rows(prompt)[idle.workers[0].id].prefill / PrefillModels().get("m").seconds(5120, 0)
+    dear = busy.rows(prompt)[busy.workers[0].id].prefill / busy.policy._fits.get("m").seconds(5120, 0)
+    assert dear > 1.5 * cheap
+
+
+def test_token_ids_are_routed_by_their_own_prefixes():
+    site = Site(workers_of(8))
+    ids = list(range(1000, 3000))
+
+    def tokens(given: list[int]) -> Call:
+        return Call(GENERATE, "m", b"", {"input_ids": given}, is_stream=True)
+
+    first = site.policy.choose(tokens(ids), site.workers, site.now, site.rng)
+    assert first is not None
+    site.policy.placed(tokens(ids), first, site.now)
+    site.now += 60.0
+    for _ in range(5):
+        assert site.policy.choose(tokens([*ids, 7]), site.workers, site.now, site.rng) is first
+
+
+def test_cache_salts_are_kept_apart():
+    site = Site(workers_of(2))
+    worker = site.workers[0]
+    asked = call(text_of(1, 20), cache_salt="a")
+    site.policy.placed(asked, worker, site.now)
+
+    def matched(salt: str) -> int:
+        salted = call(text_of(1, 20), cache_salt=salt)
+        return site.policy.terms(salted, site.workers, site.now, site.rng)[0].matched_blocks
+
+    assert (matched("a"), matched("b")) == (20, 0)
+
+
+def test_no_candidates_no_choice():
+    site = Site(())
+    assert site.policy.choose(call("x"), (), 1.0, site.rng) is None
+    assert site.policy.terms(call("x"), (), 1.0, site.rng) == []
+
+
+# -- what is taken away ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", ["removed", "flushed"])
+def test_a_worker_that_left_or_flushed_owns_nothing(verb):
+    site = Site(workers_of(3))
+    history = text_of(1, 30)
+    holder = site.serve(history)
+    getattr(site.policy, verb)(holder)
+    assert {row.matched_blocks for row in site.rows(history).values()} == {0}
+
+
+def test_prefixes_of_a_lost_worker_are_learned_again_where_load_is_least():
+    site = Site(workers_of(4))
+    prompts = [text_of(seed, 10) for seed in range(60)]
+    for prompt in prompts:
+        site.serve(prompt, to=site.workers[0])
+    site.policy.removed(site.workers[0])
+    site.workers = site.workers[1:]
+    for prompt in prompts:
+        site.send(prompt)
+    assert max(worker.in_flight for worker in site.workers) <= 21
+
+
+def test_requests_that_end_after_their_worker_left_are_settled():
+    site = Site(workers_of(2))
+    asked, worker = site.send(text_of(1, 5))
+    site.policy.removed(worker)
+    site.answer(asked, worker, prompt_tokens=640, cached_tokens=0)
+    assert site.policy._open == {}
+    assert site.policy._prices.known(worker.id) is None
+
+
+def test_a_failed_request_leaves_no_debt():
+    site = Site(workers_of(1))
+    asked, worker = site.send(text_of(1, 50))
+    site.answer(asked, worker, status=503)
+    assert site.rows("x")[worker.id].wait == 0.0
+    assert site.policy._open == {}
+
+
+def test_two_models_never_influence_each_other():
+    index, hasher, fits = PrefixIndex(), BlockHasher(), PrefillModels()
+    workers = workers_of(3)
+    one = Site(workers, CacheAware("a", None, index, hasher, fits))
+    two = Site(workers, CacheAware("b", None, index, hasher, fits))
+    history = text_of(1, 20)
+    asked = call(history, model="a")
+    one.policy.placed(asked, workers[0], one.now)
+    assert one.rows(history)[workers[0].id].matched_blocks == 20
+    assert {row.matched_blocks for row in two.rows(history).values()} == {0}
+    assert {row.wait for row in two.rows(history).values()} == {0.0}
+
+
+# -- learning ----------------------------------------------------------------------------------
+
+
+def test_prefill_seconds_and_token_length_are_learned_from_answers():
+    site = Site(workers_of(1))
+    worker = site.workers[0]
+    for seed in range(80):
+        blocks = 5 + seed % 40
+        tokens = blocks * 512 // 2  # two characters a token, not four
+        asked, _ = site.send(text_of(seed, blocks))
+        site.answer(asked, worker, after_s=0.002 + tokens / 48_000, prompt_tokens=tokens, cached_tokens=0)
+        site.now += 5.0
+    site.now += 300.0  # an idle fleet: the price is the dial's
+    row = site.rows(text_of(999, 40))[worker.id]
+    assert row.prefill / 2.5 == pytest.approx(10_240 / 48_000, rel=0.15)
+
+
+def test_a_worker_that_forgets_sooner_than_thought_is_believed_less():
+    site = Site(workers_of(1))
+    worker = site.workers[0]
+    reported(worker, site.now, running=0, kv_capacity_tokens=128_000)
+    prompts = [text_of(seed, 20) for seed in range(45)]
+    for _ in range(6):
+        for prompt in prompts:
+            asked, _ = site.send(prompt)
+            site.answer(asked, worker, after_s=0.5, prompt_tokens=2560, cached_tokens=0)
+    assert site.policy._index.blocks_of(worker.id) < 850
+    assert site.policy._index.capacity_of(worker.id) < 850
+
+
+# -- explain -----------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 2**32), st.sampled_from(["price", "threshold"]))
+@settings(max_examples=60, deadline=None)
+def test_explain_changes_nothing_and_predicts_the_next_choice(seed, mode):
+    rng = Random(seed)
+    site = Site(workers_of(rng.randrange(2, 6)), CacheAware("m", CacheAwareSettings(mode=mode)), seed)
+    twin = Site(workers_of(len(site.workers)), CacheAware("m", CacheAwareSettings(mode=mode)), seed)
+    prompts = [text_of(rng.getrandbits(32), 3)]
+    open_calls: list[tuple[Call, Worker]] = []
+    for _ in range(30):
+        prompt = rng.choice(prompts) + text_of(rng.getrandbits(32), rng.randrange(1, 6))
+        prompts.append(prompt)
+        explained = site.policy.choose(call(prompt), site.workers, site.now, copy.copy(site.rng))
+        first = site.policy.terms(call(prompt), site.workers, site.now, copy.copy(site.rng))
+        assert site.policy.terms(call(prompt), site.workers, site.now, copy.copy(site.rng)) == first
+        if mode == "price":
+            lowest = min(row.cost for row in first)
+            assert next(row.cost for row in first if row.worker_id == explained.id) <= lowest + 1e-8
+        asked, worker = site.send(prompt)
+        assert worker is explained
+        open_calls.append((asked, worker))
+        # The twin was never asked to explain, and chooses the same.
+        assert twin.send(prompt)[1].order == worker.order
+        site.now = twin.now = site.now + rng.random() * 0.3
+
+
+@given(st.integers(0, 2**32))
+@settings(max_examples=60, deadline=None)
+def test_cost_grows_with_the_wait_and_with_uncached_tokens(seed):
+    rng = Random(seed)
+    site = Site(workers_of(3))
+    prompt = text_of(seed, 30)
+    depths = sorted(rng.sample(range(1, 30), 2))
+    short, long = site.workers[0], site.workers[1]
+    site.serve(prompt[: 512 * depths[0]], to=short)
+    site.serve(prompt[: 512 * depths[1]], to=long)
+    site.now += 100.0
+    rows = site.rows(prompt)
+    assert rows[long.id].cost < rows[short.id].cost < rows[site.workers[2].id].cost
+    site.send(text_of(seed + 1, rng.randrange(1, 50)), to=long)
+    assert site.rows(prompt)[long.id].cost > rows[long.id].cost
+
+
+# -- large fleets ------------------------------------------------------------------------------
+
+
+def test_a_large_fleet_keeps_sessions_and_balance():
+    site = Site(workers_of(FLEET_MAX * 3))
+    histories = [text_of(seed, 8) for seed in range(200)]
+    homes = [site.send(history)[1] for history in histories]
+    assert max(worker.in_flight for worker in site.workers) <= 3
+    site.now += 60.0
+    for history, home in zip(histories[:40], homes[:40], strict=True):
+        assert site.chosen(history + text_of(77, 1)) is home
+
+
+def test_explain_lists_every_worker_of_a_large_fleet():
+    site = Site(workers_of(FLEET_MAX + 10))
+    history = text_of(1, 8)
+    holder = site.serve(history)
+    rows = site.rows(history)
+    assert len(rows) == FLEET_MAX + 10
+    assert rows[holder.id].matched_blocks == 8
+    assert site.chosen(history) is holder
+
+
+def test_workers_that_join_and_leave_a_large_fleet_are_seen_at_once():
+    workers = workers_of(FLEET_MAX + 20)
+    site = Site(workers[:-1])
+    history = text_of(1, 8)
+    holder = site.serve(history)
+    site.workers = tuple(worker for worker in workers if worker is not holder)
+    assert site.chosen(history) is not holder
+    for seed in range(200):
+        site.send(text_of(5000 + seed, 8))
+    assert workers[-1].in_flight > 0
+    assert holder.in_flight == 0
+
+
+# -- other gateways ----------------------------------------------------------------------------
+
+
+class Mesh:
+    """Two gateways; what one tells waits until `deliver`."""
+
+    def __init__(self, delay_s: float = 1.0) -> None:
+        self._delay_s = delay_s
+        self.told: list[tuple[News, float]] = []
+
+    def count(self) -> int:
+        return 2
+
+    def delay_s(self) -> float:
+        return self._delay_s
+
+    def tell(self, news: News, now: float) -> None:
+        self.told.append((news, now))
+
+    def deliver(self, policy: CacheAware, now: float) -> None:
+        for news, sent_s in self.told:
+            policy.heard(news, sent_s, now)
+        self.told.clear()
+
+
+def test_a_peer_that_heard_of_a_placement_follows_it():
+    mesh = Mesh()
+    here, there = Site(workers_of(8), CacheAware("m", neighbours=mesh)), Site(workers_of(8))
+    history = text_of(1, 20)
+    worker = here.serve(history)
+    mesh.deliver(there.policy, there.now)
+    there.now += 60.0
+    assert there.chosen(history).order == worker.order
+
+
+def test_gateways_that_have_not_heard_prefer_the_same_two_homes():
+    chosen = set()
+    for seed in range(12):
+        site = Site(workers_of(16), CacheAware("m", neighbours=Mesh(float("inf"))), seed)
+        chosen.add(site.chosen(text_of(1, 20)).order)
+    assert len(chosen) <= 2
+
+
+def test_a_peers_placement_counts_as_wait_and_drains():
+    site = Site(workers_of(2), CacheAware("m", neighbours=Mesh()))
+    site.rows("x")
+    sender, mesh = Site(workers_of(2), CacheAware("m", neighbours=Mesh())), Mesh()
+    sender.policy._neighbours = mesh
+    worker = sender.serve(text_of(1, 100))
+    mesh.deliver(site.policy, site.now)
+    waits = [site.rows("x")[one.id].wait for one in site.workers]
+    assert waits[worker.order] > 0.5
+    assert waits[1 - worker.order] == 0.0
+    site.now += 60.0
+    assert {site.rows("x")[one.id].wait for one in site.workers} == {0.0}
+
+
+def test_an_owner_decides_books_and_tells_and_the_asker_follows():
+    mesh = Mesh()
+    owner = Site(workers_of(4), CacheAware("m", neighbours=mesh))
+    asker = Site(workers_of(4), CacheAware("m", neighbours=Mesh()), seed=9)
+    history = text_of(1, 20)
+    owner.serve(history, to=owner.workers[2])
+    mesh.told.clear()
+    owner.now += 60.0
+    asked = call(history + text_of(2, 3))
+    question = asker.policy.question(asked)
+    assert asker.policy.session(question) is not None
+    assert asker.policy.uncached_s(question) > 0.05
+    decision = owner.policy.decide(question, owner.workers, owner.now, owner.rng)
+    assert decision is not None
+    assert decision.worker_id == owner.workers[2].id
+    assert decision.matched_blocks == 20
+    assert len(mesh.told) == 1
+    asker.policy.follow(asked, decision)
+    worker = asker.policy.choose(asked, asker.workers, asker.now, asker.rng)
+    assert worker is asker.workers[2]
+    asker.policy.placed(asked, worker, asker.now)
+    assert asker.policy._neighbours.told == []  # the owner has told everybody
+
+
+def test_siblings_decided_by_one_owner_stay_together():
+    owner = Site(workers_of(8), CacheAware("m", neighbours=Mesh()))
+    context = text_of(1, 60)
+    homes = set()
+    for seed in range(6):
+        asker = Site(workers_of(8), CacheAware("m", neighbours=Mesh()))
+        question = asker.policy.question(call(context + text_of(50 + seed, 2)))
+        decision = owner.policy.decide(question, owner.workers, owner.now, owner.rng)
+        assert decision is not None
+        homes.add(decision.worker_id)
+    assert len(homes) == 1
+
+
+def test_an_answer_that_names_no_candidate_is_not_followed():
+    site = Site(workers_of(4))
+    asked = call(text_of(1, 20))
+    decision = site.policy.decide(site.policy.question(asked), site.workers, site.now, site.rng)
+    assert decision is not None
+    site.policy.follow(asked, decision)
+    others = tuple(worker for worker in site.workers if worker.id != decision.worker_id)
+    assert site.policy.choose(asked, others, site.now, site.rng) in others
+
+
+# -- threshold mode ----------------------------------------------------------------------------
+
+
+def threshold_site(count: int, **numbers: Any) -> Site:
+    rule = ThresholdRule(**numbers)
+    return Site(workers_of(count), CacheAware("m", CacheAwareSettings(mode="threshold", threshold=rule)))
+
+
+def test_threshold_mode_takes_the_longest_prefix_above_the_threshold():
+    site = threshold_site(3, threshold=0.3)
+    prompt = text_of(1, 10)
+    site.serve(prompt[: 512 * 5], to=site.workers[1])
+    site.send("x" * 600, to=site.workers[1])
+    assert site.chosen(prompt) is site.workers[1]
+    row = site.rows(prompt)[site.workers[1].id]
+    assert (row.matched_blocks, row.cost) == (5, None)
+    assert row.reason == "longest prefix 50% > 30%"
+
+
+def test_threshold_mode_takes_the_least_loaded_below_it_and_out_of_balance():
+    site = threshold_site(2, threshold=0.5, balance_abs=4, balance_rel=1.5)
+    prompt = text_of(1, 10)
+    site.serve(prompt[: 512 * 5], to=site.workers[0])
+    site.send("y" * 600, to=site.workers[0])
+    assert site.chosen(prompt) is site.workers[1]
+    site.serve(prompt, to=site.workers[0])
+    assert site.chosen(prompt) is site.workers[0]
+    for seed in range(5):
+        site.send(text_of(seed, 1), to=site.workers[0])
+    assert site.chosen(prompt) is site.workers[1]
+
+
+def test_threshold_mode_knows_imbalance_of_kv_usage():
+    site = threshold_site(2, token_usage=0.2)
+    prompt = text_of(1, 10)
+    site.serve(prompt, to=site.workers[0])
+    site.send("z", to=site.workers[0])
+    reported(site.workers[0], site.now, kv_usage=0.9)
+    reported(site.workers[1], site.now, kv_usage=0.5)
+    assert site.chosen(prompt) is site.workers[1]
