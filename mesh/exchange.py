@@ -30,12 +30,17 @@ REDIAL_FASTEST_S = 0.1
 REPAIR_SLOWEST_S = 60.0
 """Exchanges that bring nothing new become this rare (the difference is one neither side may take over)."""
 FORGET_INTERVAL_S = 60.0
+FULL_ALWAYS_MAX = 32
+"""Up to this many members the periodic exchange is sent whatever the fingerprints say: it is 2 KB."""
+AGREED_S = 10.0
+"""Above, it is skipped when some member's fingerprint was ours this recently."""
 
 
 class Exchange:
     """All table traffic of one node."""
 
     __slots__ = (
+        "_agreed_s",
         "_detector",
         "_judge",
         "_outbox",
@@ -73,6 +78,8 @@ class Exchange:
         self._repair_due_s = float("-inf")
         self._repair_pause_s = settings.repair_interval_s
         self._repaired_fingerprint: int | None = None
+        self._agreed_s = float("-inf")
+        """Machine time of the last ack whose fingerprint was ours."""
 
     def start(self, now: float) -> None:
         """Begin; the first times are random, so that nodes that started together do not act together."""
@@ -106,7 +113,10 @@ class Exchange:
     def compare(self, member: Member, fingerprint: int, now: float) -> None:
         """A member said its fingerprint in an ack; if it differs and ours has been quiet, exchange tables."""
         settings = self._settings
-        if fingerprint == self._roster.fingerprint or not settings.repair_interval_s:
+        if fingerprint == self._roster.fingerprint:
+            self._agreed_s = now
+            return
+        if not settings.repair_interval_s:
             return
         if now - self._roster.changed_s < settings.repair_after_s or now < self._repair_due_s:
             return
@@ -129,10 +139,13 @@ class Exchange:
         return [tuple(records[start : start + TABLE_RECORDS_MAX]) for start in starts]
 
     def _push_pull(self, now: float) -> None:
-        for member in self._roster.sample(1):
-            self.push(member, now)
         members = self._roster.live_count + 1
-        scale = 1.0 if members <= 32 else 1.0 + math.ceil(math.log2(members / 32))
+        # A large table is not sent for nothing: where every ack compares fingerprints, agreement is known.
+        agrees = self._settings.repair_interval_s > 0 and now - self._agreed_s < AGREED_S
+        if members <= FULL_ALWAYS_MAX or not agrees:
+            for member in self._roster.sample(1):
+                self.push(member, now)
+        scale = 1.0 if members <= FULL_ALWAYS_MAX else 1.0 + math.ceil(math.log2(members / FULL_ALWAYS_MAX))
         pause_s = self._settings.push_pull_interval_s * scale * (0.9 + 0.2 * self._rng.random())
         self._timers.at(now + pause_s, self._push_pull)
 

@@ -128,6 +128,8 @@ class Judge:
         if entry.status == Status.SUSPECT and known.status == Status.SUSPECT and theirs == ours:
             return Outcome.STALE  # hearsay: repeating a doubt does not confirm it
         if entry.status == Status.DEAD and member.is_live:
+            if theirs == ours and known.status == Status.SUSPECT:
+                self._confirm(member, accusation, now)
             return Outcome.DOUBTED if theirs >= ours else Outcome.STALE
         return self._hear_accusation(accusation, now)
 
@@ -320,7 +322,8 @@ class Judge:
         entry = self._suspicions.get(member.name)
         if entry is None or not entry[0].confirm(accusation.accuser):
             return Outcome.STALE
-        self._rumors.put(accusation)
+        if accusation.status == Status.SUSPECT:
+            self._rumors.put(accusation)
         self._rearm(member.name, entry)
         return Outcome.NEWS
 

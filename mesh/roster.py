@@ -24,6 +24,7 @@ class Roster:
 
     __slots__ = (
         "_cursor",
+        "_gossip_place",
         "_live",
         "_max",
         "_place",
@@ -44,6 +45,7 @@ class Roster:
         """The ring: places before the cursor were probed in this round."""
         self._place: dict[str, int] = {}
         self._cursor = 0
+        self._gossip_place = 0
         self.fingerprint = mark(own)
         self.changed_s = float("-inf")
         """Machine time of the last change of the fingerprint."""
@@ -127,6 +129,19 @@ class Roster:
                 self._place[member.name] = place
         self._cursor += 1
         return live[self._cursor - 1]
+
+    def next_to_tell(self, count: int) -> list[Member]:
+        """The next `count` members of the ring for gossip: nobody is told twice before everyone was told once.
+
+        Plain random choice would leave a member of ten untold, after the few rounds a rumor lives, in one of fifty
+        cases; the walk over a shuffled ring costs nothing and spreads as fast.
+        """
+        live = self._live
+        if len(live) <= count:
+            return list(live)
+        start = self._gossip_place % len(live)
+        self._gossip_place = start + count
+        return [live[(start + step) % len(live)] for step in range(count)]
 
     def sample(self, count: int, *without: str) -> list[Member]:
         """Up to `count` distinct random live members, none of those named."""

@@ -19,8 +19,11 @@ OWN_HEAD_START = 2
 
 
 def transmit_limit(mult: float, members: int) -> int:
-    """How often each member tells a rumor: mult * ceil(log10(N + 1)) (SWIM section 4.1, memberlist's constant)."""
-    return max(1, math.ceil(mult * math.ceil(math.log10(members + 1))))
+    """How often each member tells a rumor: mult * ceil(log10(N + 1)) (SWIM section 4.1, memberlist's constant).
+
+    Never less than for ten members: with fewer, four tellings each miss someone in one of fifty cases.
+    """
+    return math.ceil(mult * max(2, math.ceil(math.log10(members + 1))))
 
 
 class _Rumor:

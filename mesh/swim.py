@@ -76,6 +76,7 @@ class Swim:
         "_judge",
         "_outbox",
         "_own",
+        "_rng",
         "_roster",
         "_rumors",
         "_seeds",
@@ -87,6 +88,7 @@ class Swim:
     def __init__(self, settings: SwimSettings, own: Record, rng: Random, now: float, wall_s: float) -> None:
         self._settings = settings.checked()
         self._is_running = True
+        self._rng = rng
         self._own = Own(own)
         self._timers = Timers()
         self._awareness = Awareness(settings)
@@ -348,6 +350,8 @@ class Swim:
             outcome = self._judge.hear(news, now)
             if isinstance(news, Record):
                 self._follow(outcome, news, now)
+            elif outcome is Outcome.NEWS and news.status == Status.SUSPECT:
+                self._corroborate(news, now)
         source, body = packet.source, packet.body
         if isinstance(body, Ping):
             self._on_ping(body, source, address, now, by_stream)
@@ -426,6 +430,14 @@ class Swim:
         elif outcome is Outcome.OWN_CONTESTED:
             self._contests.begin(record, self._own.record, now, is_own=True)
 
+    def _corroborate(self, accusation: Accusation, now: float) -> None:
+        """A suspicion we hear of: some of us probe the suspect at once, so that it is confirmed or refuted soon."""
+        share = self._settings.corroborators / max(1, self._roster.live_count)
+        if self._farewell is None and share and self._rng.random() < share:
+            member = self._roster.get(accusation.name)
+            if member is not None and member.status == Status.SUSPECT:
+                self._detector.probe_now(member, now)
+
     # -- rounds
 
     def _doubt(self, entry: Record, sender: str, now: float) -> None:
@@ -449,7 +461,7 @@ class Swim:
     def _gossip(self, now: float) -> None:
         self._gossip_armed = False
         self._gossiped_s = now
-        for member in self._roster.sample(self._settings.gossip_fanout):
+        for member in self._roster.next_to_tell(self._settings.gossip_fanout):
             self._outbox.to(member, Gossip())
 
     def _after(self, now: float) -> None:

@@ -11,8 +11,7 @@ from tests.sim.world import Node, ReplicaHook, World
 
 def play(plan: Plan, make_replica: Callable[[Node], ReplicaHook] | None = None) -> list[str]:
     """Run a plan for RUN_S virtual seconds. Returns the problems found, empty if none."""
-    world, problems = play_world(plan, make_replica)
-    return problems
+    return play_world(plan, make_replica)[1]
 
 
 def play_world(

@@ -21,6 +21,7 @@ from mesh.messages import (
     MemberUp,
     NameConflict,
     SendByStream,
+    TablePull,
     TablePush,
 )
 from mesh.settings import PACKET_BODY_BYTES_MAX, SwimSettings
@@ -155,7 +156,8 @@ class Node:
         if self.replica is not None:
             self.replica.member_event(event, now)
         if isinstance(event, MemberUp):
-            if self.swim.live_count < FULL_MESH_MAX and self.name < event.record.name:
+            is_small = self.swim.live_count < FULL_MESH_MAX and self.world.keeps_streams
+            if is_small and self.name < event.record.name:
                 self.dial(event.record.address, [])
         elif isinstance(event, MemberDown | Left):
             end = self.streams.pop(event.record.name, None)
@@ -260,6 +262,9 @@ class Node:
         if self.is_paused or not self.swim.is_running:
             return
         self.extra = [end for end in self.extra if end.is_open]
+        if not world.keeps_streams:
+            self._close_idle(0.5)
+            return
         if self.swim.live_count < FULL_MESH_MAX:
             for member in self.swim.live():
                 if self.name < member.name and member.name not in self.streams:
@@ -272,12 +277,16 @@ class Node:
             if self.name < member.name and member.name not in self.streams:
                 self.dial(member.address, [])
         if len(self.streams) > 4 * NEIGHBOURS:
-            for name, end in list(self.streams.items()):
-                if world.loop.now - end.used_s > IDLE_CLOSE_S and len(self.streams) > 4 * NEIGHBOURS:
-                    del self.streams[name]
-                    self._stream_gone(end, name)
-                    world.network.close(end, says_so=False)
-                    end.other.owner.stream_bye(end.other)  # type: ignore[attr-defined]
+            self._close_idle(IDLE_CLOSE_S)
+
+    def _close_idle(self, idle_s: float) -> None:
+        world = self.world
+        for name, end in list(self.streams.items()):
+            if world.loop.now - end.used_s > idle_s:
+                del self.streams[name]
+                self._stream_gone(end, name)
+                world.network.close(end, says_so=False)
+                end.other.owner.stream_bye(end.other)  # type: ignore[attr-defined]
 
     # -- what arrives
 
@@ -337,7 +346,8 @@ class Node:
         if self.streams.get(name) is end:
             del self.streams[name]
             self._stream_gone(end, name)
-        self._run(self.swim.stream_closed, name, boot)
+        if self.world.keeps_streams:
+            self._run(self.swim.stream_closed, name, boot)
 
     def stream_bye(self, end: Endpoint) -> None:
         """The peer closed an idle stream and said so."""
@@ -376,12 +386,15 @@ class World:
         settings: SwimSettings | None = None,
         make_replica: Callable[[Node], ReplicaHook] | None = None,
         meta: bytes = b"1.0.0",
+        keeps_streams: bool = True,
     ) -> None:
         self.seed = seed
         self.rng = Random(seed)
         self.settings = settings or SwimSettings()
         self.make_replica = make_replica
         self.meta = meta
+        self.keeps_streams = keeps_streams
+        """False: a stream per exchange, closed at once, and no hint when it ends (memberlist)."""
         self.loop = Loop()
         self.network = Network(self.loop, Random(self.rng.getrandbits(64)))
         self.hosts: dict[Address, int] = {}
@@ -403,7 +416,8 @@ class World:
     def resolve(self, seed: str) -> list[Address]:
         """A seed is `host:port`; names stand for the addresses the world maps them to, maybe none."""
         host, _, port = seed.rpartition(":")
-        return [(address, int(port)) for address in self.names.get(host, [host])]
+        addresses = [host] if host.startswith("10.") else self.names.get(host, [])
+        return [(address, int(port)) for address in addresses]
 
     def arrive(self, data: bytes, host: int, address: Address) -> None:
         node = self.on_host.get(host)
@@ -546,8 +560,24 @@ class World:
 
 
 def grow(world: World, count: int, settle_s: float = 3.0) -> list[str]:
-    """Start `count` nodes that share the first as seed, and wait until all see all."""
+    """Start `count` nodes that share the first as seed, and wait until all see all.
+
+    Above 200 they are given each other's records instead: a thousand joins at once take minutes to simulate.
+    """
     names = [f"n{number:04d}" for number in range(count)]
+    if count > 200:
+        nodes = [world.start(name) for name in names]
+        source = nodes[0].swim.tables(0.0)[0].source
+        records = tuple(node.swim.own for node in nodes)
+        for node in nodes:
+            node.swim.merge_table(TablePull(source, records), ("10.0.0.0", PORT), node.clock())
+            node.swim._rumors.clear()
+            while node.swim.next_event() is not None:
+                pass
+            node.drain()
+        world.run(settle_s)
+        assert world.all_see_all()
+        return names
     first = world.start(names[0])
     host, port = first.swim.own.address
     for name in names[1:]:
