@@ -140,10 +140,11 @@ class HttpWorkers:
                 upstream.receive_nowait()
             return upstream
         except UpstreamError as error:
+            # A worker may close an idle connection as we write on it.
+            is_unread = is_kept and error.kind == UpstreamError.RESET and upstream.was_unread()
             pool.discard(origin, upstream)
-            if not is_kept or error.kind != UpstreamError.RESET or upstream.received_bytes:
+            if not is_unread:
                 raise
-            # The worker closed the idle connection as we wrote on it: it has read nothing.
             return await self._open_anew(origin, head, body, parking)
         except BaseException:
             pool.discard(origin, upstream)

@@ -27,7 +27,16 @@ from smg.fleet.pool import Pool
 from smg.fleet.retry import RetryBudget, RetryRules, is_failure
 from smg.fleet.worker import Worker
 from smg.gateway import problem
-from smg.gateway.relay import BODYLESS, StreamBounds, Told, relay_plain, relay_stream, whole_answer
+from smg.gateway.relay import (
+    BODYLESS,
+    HELD_BYTES_MAX,
+    PASSED_ON,
+    StreamBounds,
+    Told,
+    relay_plain,
+    relay_stream,
+    whole_answer,
+)
 from smg.gateway.rerank import wrapped as wrapped_rerank
 from smg.gateway.rerank import wraps
 from smg.gateway.tallies import Lane, Tallies
@@ -254,8 +263,9 @@ class Dispatch:
         told: Told,
     ) -> Told:
         """Passes the answer on; what a stream tells goes into `told` as it comes. Raises as `gateway/relay.py`."""
-        is_events = upstream.content_type.startswith(b"text/event-stream")
-        if upstream.length is None and upstream.status not in BODYLESS and (is_events or call.is_stream):
+        content_type = upstream.content_type.lower()
+        is_events = content_type.startswith(b"text/event-stream")
+        if is_events and upstream.length is None and upstream.status not in BODYLESS:
 
             def first_byte(now: float) -> None:
                 policy.first_byte(call, worker, now - started_s, now)
@@ -266,7 +276,10 @@ class Dispatch:
             return told
         if wraps(call.endpoint, upstream.status, upstream.content_type):
             return await _relay_rerank(exchange, call, upstream, lines)
-        return await relay_plain(exchange, upstream, lines.id_line)
+        # JSON where a stream was asked for is a refusal, or an engine that does not stream (STR-3).
+        passes_on = is_events or (call.is_stream and not content_type.startswith(b"application/json"))
+        held_bytes_max = PASSED_ON if passes_on else HELD_BYTES_MAX
+        return await relay_plain(exchange, upstream, lines.id_line, held_bytes_max)
 
     def _settle(
         self,

@@ -24,6 +24,7 @@ from smg.wire.sse_tail import TAIL_BYTES, ResponsesWatch, closing, has_end_marke
 HELD_BYTES_MAX = (
     64 << 10
 )  # a plain answer up to this is sent when it is whole, so that a loss can be retried (DN-5)
+PASSED_ON = -1  # in place of a number of bytes: nothing is held
 BODYLESS = frozenset((204, 304))
 TAP_PIECES = 64  # last pieces of a stream that the tap refers to; with pieces of >= 64 bytes they hold 4 KiB
 
@@ -96,8 +97,10 @@ def whole_answer(exchange: Exchange, upstream: Upstream, id_line: bytes, told: T
     return b"%b%x\r\n%b\r\n0\r\n\r\n" % (head, len(body), body) if body else head + b"0\r\n\r\n"
 
 
-async def relay_plain(exchange: Exchange, upstream: Upstream, id_line: bytes) -> Told:
-    """Relays an answer that is no event stream.
+async def relay_plain(
+    exchange: Exchange, upstream: Upstream, id_line: bytes, held_bytes_max: int = HELD_BYTES_MAX
+) -> Told:
+    """Relays an answer that is no event stream, or one with a length; up to `held_bytes_max` is held until it is whole.
 
     Raises `UpstreamError` broken_stream or timeout while no byte has been sent, for a retry or a 502; later the
     client's connection is cut and the failure is in the result. `ClientGone` passes through.
@@ -106,7 +109,7 @@ async def relay_plain(exchange: Exchange, upstream: Upstream, id_line: bytes) ->
     told = Told()
     size = sum(map(len, upstream.pieces))
     try:
-        while not upstream.is_complete and size <= HELD_BYTES_MAX:
+        while not upstream.is_complete and size <= held_bytes_max:
             await upstream.read_more(parking)
             size = sum(map(len, upstream.pieces))
     except DeadlinePassed:
@@ -179,7 +182,7 @@ async def relay_stream(
     parking = exchange.parking
     readiness = exchange.readiness
     write = exchange.write
-    keepalive_s = bounds.keepalive_s or bounds.silence_max_s
+    keepalive_s = min(bounds.keepalive_s or bounds.silence_max_s, bounds.silence_max_s)
     tap: deque[bytes] = deque(maxlen=TAP_PIECES)
     first = b""
     watch = ResponsesWatch() if dialect == "responses" else None
@@ -210,6 +213,10 @@ async def relay_stream(
                 await _outlast_silence(exchange, upstream, dialect, bounds, b"".join(tap)[-4:])
     except UpstreamError as error:
         told.failure = error
+        piece = upstream.take()  # good bytes that came in one read with the bad ones
+        if piece:
+            tap.append(piece)
+            await write(b"%x\r\n%b\r\n" % (len(piece), piece) if is_chunked else piece)
         tail = b"".join(tap)[-TAIL_BYTES:]
         has_ended = watch.has_ended if watch is not None else has_end_marker(dialect, tail)
         if has_ended:
@@ -241,19 +248,22 @@ async def _write_failure(
 async def _outlast_silence(
     exchange: Exchange, upstream: Upstream, dialect: str, bounds: StreamBounds, tail: bytes
 ) -> None:
-    """Sends keep-alive comments until the worker speaks again; raises `UpstreamError` when it was silent too long."""
+    """Sends keep-alive comments until the worker speaks again; raises `UpstreamError` when it was silent too long.
+
+    Called when the parking's deadline, set `keepalive_s` after the last piece, has passed.
+    """
     parking = exchange.parking
     readiness = exchange.readiness
-    keepalive_s = bounds.keepalive_s or bounds.silence_max_s
-    silent_since_s = readiness.now_s - keepalive_s
+    keepalive_s = min(bounds.keepalive_s or bounds.silence_max_s, bounds.silence_max_s)
+    ends_s = parking.deadline_s + (bounds.silence_max_s - keepalive_s)
     comment = KEEP_ALIVE[dialect]
     framed = comment if exchange.head.is_http10 else b"%x\r\n%b\r\n" % (len(comment), comment)
     while True:
-        if readiness.now_s - silent_since_s >= bounds.silence_max_s:
+        if readiness.now_s >= ends_s:
             raise UpstreamError(UpstreamError.TIMEOUT, "stream was silent for too long", was_sent=True)
         if bounds.keepalive_s and is_between_events(tail):
             await exchange.write(framed)
-        parking.deadline_s = min(readiness.now_s + keepalive_s, silent_since_s + bounds.silence_max_s)
+        parking.deadline_s = min(readiness.now_s + keepalive_s, ends_s)
         try:
             await upstream.read_more(parking)
             return

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import socket
 import ssl
+import struct
 from typing import Protocol
 
 import trio
@@ -49,6 +50,10 @@ class Connection(Protocol):
 
     def send_gathered_nowait(self, head: bytes, body: bytes) -> int:
         """As `send_nowait` for two pieces in one call, without joining them."""
+        ...
+
+    def was_taken(self) -> bool:
+        """After the other side has closed: whether its kernel had taken all that was sent."""
         ...
 
     def shutdown_send(self) -> None:
@@ -142,6 +147,17 @@ class PlainConnection:
         except OSError as error:
             raise ConnectionLost(str(error)) from None
 
+    def was_taken(self) -> bool:
+        """See `Connection.was_taken`.
+
+        What a process reads before it closes is acknowledged with its end at the latest. What comes after a close is
+        answered by a reset, or is not answered yet.
+        """
+        state, unacknowledged = _TCP_INFO.unpack(
+            self._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
+        )
+        return state != _TCP_CLOSE and not unacknowledged
+
     def shutdown_send(self) -> None:
         """Tells the other side that nothing more comes; it may still be reading (HTTP-8)."""
         try:
@@ -163,6 +179,8 @@ class PlainConnection:
         self.close()
 
 
+_TCP_INFO = struct.Struct("=B23xI")  # struct tcp_info: tcpi_state, tcpi_unacked
+_TCP_CLOSE = 7  # after a reset (include/net/tcp_states.h)
 _LINGER_ZERO = b"\x01\x00\x00\x00\x00\x00\x00\x00"  # struct linger {on=1, seconds=0}: close sends RST
 
 
@@ -253,6 +271,10 @@ class TlsConnection:
     def send_gathered_nowait(self, head: bytes, body: bytes) -> int:
         """Takes nothing, as `send_nowait`."""
         return 0
+
+    def was_taken(self) -> bool:
+        """See `Connection.was_taken`."""
+        return self._plain.was_taken()
 
     def shutdown_send(self) -> None:
         """Sends close_notify as far as the kernel takes it, then shuts down the sending half."""

@@ -66,11 +66,13 @@ class Upstream:
         "pieces",
         "received_bytes",
         "status",
+        "was_closed",
         "was_sent",
     )
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
+        self.was_closed = False
         self._parser = httptools.HttpResponseParser(self)
         self.idle_since_s = 0.0
         self.is_fresh = True
@@ -147,7 +149,15 @@ class Upstream:
             self.is_complete = True
             self.may_be_reused = False
         else:
+            self.was_closed = True
             raise self._broken("closed")
+
+    def was_unread(self) -> bool:
+        """After a loss: whether the worker had ended the connection before this request came, so that it has read none
+        of it. A reset without a regular end before it may come from a worker that has read everything."""
+        if self.received_bytes:
+            return False
+        return not self.was_sent or (self.was_closed and not self.connection.was_taken())
 
     async def send(
         self, parking: Parking, head: bytes, body: bytes, *, is_head_request: bool = False

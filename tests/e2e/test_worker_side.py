@@ -558,3 +558,48 @@ async def test_an_answer_byte_by_byte_is_the_same_answer():
         for text in (data, coded, b"HTTP/1.1 100 C\r\n\r\n" + data):
             worker.plays.append(says(*(text[at : at + 1] for at in range(len(text)))))
             assert (await client.ask(CHAT, HELLO)).body == b"hello"
+
+
+@pytest.mark.parametrize("play", [closes, resets])
+@pytest.mark.parametrize(
+    ("path", "flags", "sends"),
+    [
+        (CHAT, ["--disable-retries"], 1),
+        (CHAT, ["--retry-max-retries", "3", "--retry-initial-backoff-ms", "1"], 3),
+        ("/v1/audio/transcriptions", ["--retry-max-retries", "3"], 1),
+    ],
+)
+async def test_rty_1_rty_2_a_request_that_was_read_on_a_kept_connection_is_not_sent_beyond_the_count(
+    play, path, flags, sends
+):
+    async with fake_worker("m") as worker, running_gateway(*flags, workers=[worker]) as gateway:
+        client = await gateway.connect()
+        assert (await client.ask(CHAT, HELLO)).status == 200  # leaves a kept connection behind
+        worker.play = play
+        if path == CHAT:
+            answer = await client.ask(CHAT, HELLO)
+        else:
+            body = MULTIPART.replace(b"%s", b"m")
+            answer = await client.ask(path, body=body, type="multipart/form-data; boundary=bound")
+        assert answer.is_error(502, "call_upstream_response_failed")
+        assert len(worker.turns) == 1 + sends
+        assert gateway.metric("smg_worker_errors_total") == sends
+
+
+@pytest.mark.parametrize("size", [10, 100_000])
+async def test_a_kept_connection_that_ends_as_it_is_written_on_is_replaced_silently(size):
+    """The worker's close and the next request cross: nobody has read it, so it is no failure of anybody."""
+    async with fake_worker("m") as worker, running_gateway("--disable-retries", workers=[worker]) as gateway:
+        client = await gateway.connect()
+        document = {**HELLO, "pad": "x" * size}
+
+        async def closes_afterwards(turn):
+            await answers(200)(turn)
+            await turn.close()
+
+        worker.play = closes_afterwards
+        for _ in range(60):
+            # Both in one turn of the loop: whether the gateway sees the end first is chance.
+            await client.send(request(CHAT, document))
+            assert (await client.read()).status == 200
+        assert gateway.metric("smg_worker_errors_total") == 0
