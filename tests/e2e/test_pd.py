@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 import pytest
 import trio
 
+from smg.fleet.worker import Status
 from tests.e2e.fake_worker import (
     DONE,
     SSE_HEAD,
@@ -265,13 +266,15 @@ async def test_pd_2_a_missing_leg_is_503_and_the_node_is_not_ready():
                 assert (await gateway.ask(CHAT, HELLO)).status == 200
 
 
-async def test_pd_2_a_leg_whose_workers_all_fail_their_probes_is_503():
-    async with pairs() as (gateway, [_prefill], [decode]):
-        registry = gateway.node.registry
-        worker = gateway.worker(decode)
-        registry.drain(worker, trio.current_time())
+@pytest.mark.parametrize("leg", ["prefill", "decode"])
+async def test_pd_2_a_leg_whose_workers_all_fail_their_probes_is_503(leg):
+    async with pairs() as (gateway, [prefill], [decode]):
+        worker = gateway.worker(prefill if leg == "prefill" else decode)
+        gateway.node.registry.set_status(worker, Status.NOT_READY, trio.current_time())
         answer = await gateway.ask(CHAT, HELLO)
         assert answer.is_error(503, "no_available_workers")
+        assert leg in answer.document["error"]["message"]
+        assert not prefill.turns and not decode.turns
 
 
 @pytest.mark.parametrize(
