@@ -33,10 +33,10 @@ import msgspec
 
 from smg.fleet.block_hashes import PROMPT_BLOCKS_MAX, ROOT
 
-WORKER_BLOCKS_MAX = 131_072
-"""Most blocks of one slot: 64 MiB of text or 16 M tokens, more than engines hold; a larger dict pauses > 5 ms."""
-ENTRY_BYTES = 140
-"""Bytes per (slot, block), measured with a million of them (tests/bench/choose_worker.py): 48 are the hash itself."""
+WORKER_BLOCKS_MAX = 65_536
+"""Most blocks of one slot: 32 MiB of text or 8 M tokens, more than engines hold; growing a larger dict pauses > 5 ms."""
+ENTRY_BYTES = 290
+"""Bytes per (slot, block) under churn (tests/bench/choose_worker.py): 48 for the hash, up to 120 in each of two dicts."""
 SWEEP_PER_CALL = 64
 """Entries of departed slots removed per placement: more than one placement usually adds, so graves shrink."""
 EVICT_PER_CALL = 2_048

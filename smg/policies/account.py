@@ -78,12 +78,10 @@ class Account:
         "report",
         "reported_s",
         "seconds",
-        "worker_class",
     )
 
-    def __init__(self, fit: PrefillModel, worker_class: str) -> None:
+    def __init__(self, fit: PrefillModel) -> None:
         self.fit = fit
-        self.worker_class = worker_class
         self.capacity: CacheCapacity | None = None
         self.open: dict[object, Open] = {}
         self.seconds = 0.0  # invariant: the sum over `open`
@@ -115,12 +113,14 @@ class Account:
             at_s = start + request.seconds
         return left if left > 0.0 else 0.0
 
-    def wait_s(self, worker: Worker, now: float, mean_s: float) -> float:
-        """Seconds until a request sent now would start its prefill. `mean_s` is the usual prefill of this model."""
+    def wait_s(self, worker: Worker, report: LoadReport | None, now: float, mean_s: float) -> float:
+        """Seconds until a request sent now would start its prefill.
+
+        `report` is the worker's while it counts, else None; `mean_s` the usual prefill of this model.
+        """
         own = self.own_s(now) if self.open else 0.0
-        report = worker.report
-        if report is None or worker.report_until_s <= now:
-            return own + self._peers_s(now)
+        if report is None:
+            return own + self._peers_s(now) if self.peer_news else own
         if report is not self.report:
             self.note(worker, report, mean_s)
         if not self.is_shared:

@@ -18,7 +18,7 @@ import msgspec
 
 from smg.api.call import Call
 from smg.fleet.block_hashes import BlockHasher
-from smg.fleet.prefix_index import IndexSettings, PrefixIndex
+from smg.fleet.prefix_index import IndexSettings, Match, PrefixIndex
 from smg.fleet.service_model import CacheCapacity, PrefillModels, TokenLength
 from smg.fleet.worker import Worker
 from smg.policies.account import Account, Open, slowdown
@@ -87,6 +87,7 @@ class CacheAware:
         self._open: dict[tuple[int, str], Open] = {}  # by (id of the call, worker): placed and not finished
         self._followed: dict[int, Decision] = {}  # by id of the call
         self._memo: tuple[Call, Question] | None = None
+        self._matched: tuple[Question, Match] | None = None  # what the last choice saw
 
     @classmethod
     def alone(cls, routing: Routing) -> CacheAware:
@@ -110,13 +111,19 @@ class CacheAware:
         question = self.question(call)
         if self._rule is not None:
             return self._rule.choose(question.blocks, workers, self._index, rng)[0]
-        return self._prices.cheapest(self._prices.view(question, workers, now), workers, now, rng)
+        view = self._prices.view(question, workers, now)
+        self._matched = (question, view.match)
+        return self._prices.cheapest(view, workers, now, rng)
 
     def placed(self, call: Call, worker: Worker, now: float) -> None:
         """Book the request: its blocks, its seconds, its share of the price; and tell the peers."""
         question = self.question(call)
         followed = self._followed.pop(id(call), None) if self._followed else None
-        match = self._index.match(question.blocks)
+        matched, self._matched = self._matched, None
+        if matched is not None and matched[0] is question:  # chosen just now
+            match = matched[1]
+        else:
+            match = self._index.match(question.blocks)
         cached = cached_tokens(question, match.depth_of(self._index.bits_of(worker.id)))
         account = self._prices.account(worker)
         if account.capacity is None:
@@ -174,7 +181,7 @@ class CacheAware:
                 Terms(worker.id, matched_blocks=depth, reason=reason if worker is chosen else "")
                 for worker, depth in zip(workers, depths, strict=True)
             ]
-        priced = set(self._prices.promising(view, workers)) if len(workers) > FLEET_MAX else None
+        priced = set(self._prices.promising(view, workers, now)) if len(workers) > FLEET_MAX else None
         rows = []
         for position, worker in enumerate(workers):
             wait, prefill, penalty = self._prices.terms(view, worker, now)

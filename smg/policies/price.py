@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from random import Random
 
 from smg.fleet.prefix_index import Match, PrefixIndex
-from smg.fleet.service_model import PrefillModels
+from smg.fleet.service_model import PrefillModel, PrefillModels
 from smg.fleet.worker import Worker
 from smg.policies.account import Account, slowdown
 from smg.policies.homes import Homes
@@ -56,7 +56,18 @@ TIE_S = 1e-9
 class View:
     """The facts of one decision that are the same for all candidates."""
 
-    __slots__ = ("homes", "is_cold", "match", "penalty_s", "prefills", "price", "question", "trunk")
+    __slots__ = (
+        "homes",
+        "is_cold",
+        "last_depth",
+        "last_fit",
+        "last_s",
+        "match",
+        "penalty_s",
+        "price",
+        "question",
+        "trunk",
+    )
 
     def __init__(self, question: Question, match: Match, trunk: int, price: float) -> None:
         self.question = question
@@ -67,7 +78,10 @@ class View:
         """Nobody holds more of this prompt than what everybody shares."""
         self.penalty_s = 0.0
         self.homes: tuple[str, ...] = ()
-        self.prefills: dict[tuple[int, str], float] = {}  # (cached blocks, worker class) -> seconds
+        # The prefill computed last, for the next candidate with as many cached blocks.
+        self.last_depth = -1
+        self.last_fit: PrefillModel | None = None
+        self.last_s = 0.0
 
 
 class Prices:
@@ -80,6 +94,7 @@ class Prices:
         "_fleet",
         "_homes",
         "_index",
+        "_is_ordered",
         "_model",
         "_neighbours",
         "_order",
@@ -101,7 +116,8 @@ class Prices:
         self._neighbours = neighbours
         self._homes = Homes()
         self._accounts: dict[str, Account] = {}
-        self._order: list[tuple[float, str]] = []  # (`empty_s`, id) of all accounts, sorted
+        self._order: list[tuple[float, str]] = []  # (`empty_s`, id) of all accounts, sorted; for large fleets
+        self._is_ordered = False
         self._fleet: Sequence[Worker] = ()  # the candidates that `_positions` was made for
         self._positions: dict[str, int] = {}
         self._rate = 0.0  # prefill seconds admitted per second, at `_rate_s`
@@ -131,7 +147,7 @@ class Prices:
     def cheapest(self, view: View, workers: Sequence[Worker], now: float, rng: Random) -> Worker:
         """The candidate with the lowest cost; ties by priority, then by `rng`."""
         if len(workers) > FLEET_MAX:
-            workers = [workers[position] for position in self.promising(view, workers)]
+            workers = [workers[position] for position in self.promising(view, workers, now)]
         lowest = math.inf
         best: list[Worker] = []
         for worker in workers:
@@ -146,36 +162,44 @@ class Prices:
 
     def terms(self, view: View, worker: Worker, now: float) -> tuple[float, float, float]:
         """(wait, price x prefill, coherence) of one candidate, in seconds."""
-        question = view.question
-        account = self._accounts.get(worker.id) or self.account(worker)
-        wait = account.wait_s(worker, now, self.mean_s)
-        depth = view.match.depth_of(self._index.bits_of(worker.id)) if view.match.steps else 0
+        worker_id = worker.id
+        account = self._accounts.get(worker_id) or self.account(worker)
+        report = worker.report
+        if report is not None and worker.report_until_s <= now:
+            report = None
+        wait = account.wait_s(worker, report, now, self.mean_s)
+        steps = view.match.steps
+        depth = view.match.depth_of(self._index.bits_of(worker_id)) if steps else 0
         penalty = 0.0
         if view.homes:
-            if worker.id == view.homes[0]:
-                depth += int(self.home_share * (len(question.blocks) - depth))
-            elif worker.id not in view.homes:
+            if worker_id == view.homes[0]:
+                depth += int(self.home_share * (len(view.question.blocks) - depth))
+            elif worker_id not in view.homes:
                 penalty = view.penalty_s
-        memo = (depth, account.worker_class)
-        seconds = view.prefills.get(memo)
-        if seconds is None:
-            cached = cached_tokens(question, depth)
-            seconds = view.prefills[memo] = account.fit.seconds(question.tokens - cached, cached)
+        if depth == view.last_depth and account.fit is view.last_fit:  # most workers hold equally little
+            seconds = view.last_s
+        else:
+            cached = cached_tokens(view.question, depth)
+            seconds = account.fit.seconds(view.question.tokens - cached, cached)
+            view.last_depth, view.last_fit, view.last_s = depth, account.fit, seconds
         in_flight = worker.in_flight
-        report = worker.report
-        if report is not None and worker.report_until_s > now:
+        if report is not None:
             if account.is_shared:
                 in_flight = max(in_flight, report.running + report.waiting + worker.sent_since_report)
-            usage, capacity = report.kv_usage, report.kv_capacity_tokens
-            if usage is not None and capacity and usage > KV_FULL:
-                fresh = question.tokens - cached_tokens(question, depth)
-                if fresh > (1.0 - usage) * capacity:
+            usage = report.kv_usage
+            if usage is not None and usage > KV_FULL and report.kv_capacity_tokens:
+                fresh = view.question.tokens - cached_tokens(view.question, depth)
+                if fresh > (1.0 - usage) * report.kv_capacity_tokens:
                     wait += 0.5 * self.decode_s
         return wait, view.price * seconds * slowdown(in_flight), penalty
 
-    def promising(self, view: View, workers: Sequence[Worker]) -> list[int]:
+    def promising(self, view: View, workers: Sequence[Worker], now: float) -> list[int]:
         """Positions of the candidates worth pricing in a large fleet: holders, homes, the least burdened."""
         positions = self._places(workers)
+        if not self._is_ordered:
+            self._is_ordered = True
+            for worker_id, account in self._accounts.items():
+                self.moved(account, worker_id, now)
         names: list[str] = list(view.homes)
         seen = 0
         for depth, owners in view.match.steps:
@@ -235,9 +259,10 @@ class Prices:
         account = self._accounts.get(worker.id)
         if account is None:
             worker_class = worker.spec.labels.get("class", "")
-            account = Account(self._fits.get(self._model, worker_class), worker_class)
+            account = Account(self._fits.get(self._model, worker_class))
             self._accounts[worker.id] = account
-            insort(self._order, (account.empty_s, worker.id))
+            if self._is_ordered:
+                insort(self._order, (account.empty_s, worker.id))
         return account
 
     def known(self, worker_id: str) -> Account | None:
@@ -257,7 +282,9 @@ class Prices:
         self.mean_s += 0.02 * (seconds - self.mean_s)
 
     def moved(self, account: Account, worker_id: str, now: float) -> None:
-        """The account changed: put it at its place among the others."""
+        """The account changed: put it at its place among the others, if anybody looks at that order."""
+        if not self._is_ordered:
+            return
         self._unorder(account, worker_id)
         left = max(account.seconds, account.own_since_s if account.is_shared else 0.0) + account.peer_since_s
         account.empty_s = now + left if left > 0.0 else min(account.empty_s, now)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from smg.fleet.block_hashes import ROOT, BlockHasher
-from smg.fleet.prefix_index import BRANCHES_MAX, IndexSettings, Placement, PrefixIndex
+from smg.fleet.prefix_index import BRANCHES_MAX, ENTRY_BYTES, IndexSettings, Placement, PrefixIndex
 
 
 def depth(index: PrefixIndex, worker: str, hashes) -> int:
@@ -207,13 +207,13 @@ def test_a_growing_conversation_does_not_become_trunk():
 
 
 def test_the_whole_index_stays_below_its_bytes_and_the_fullest_worker_gives():
-    index = PrefixIndex(IndexSettings(bytes_max=140 * 2_000, worker_blocks=100_000))
+    index = PrefixIndex(IndexSettings(bytes_max=ENTRY_BYTES * 2_000, worker_blocks=100_000))
     index.place("small", [1, 2, 3])
     rng = Random(1)
     for _ in range(2_000):
         index.place("big", [rng.getrandbits(60) for _ in range(10)])
         assert index.entries <= 2_010
-    assert index.bytes_used <= 140 * 2_010
+    assert index.bytes_used <= ENTRY_BYTES * 2_010
     assert depth(index, "small", [1, 2, 3]) == 3
 
 
@@ -275,7 +275,7 @@ class IndexMachine(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.index = PrefixIndex(IndexSettings(worker_blocks=30, bytes_max=140 * 90))
+        self.index = PrefixIndex(IndexSettings(worker_blocks=30, bytes_max=ENTRY_BYTES * 90))
         self.placed: dict[str, set[int]] = {worker: set() for worker in "abcd"}
         self.prompts: list[list[int]] = []
         self.counter = 0
