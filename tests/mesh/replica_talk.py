@@ -70,6 +70,10 @@ class Talk:
         for peer in peers:
             self.connect(name, peer)
 
+    def take(self, name: str, change: Change) -> None:
+        """The model user of a node: remembers what it is told."""
+        self.told[name].append(change)
+
     def settle(self) -> list[Frame]:
         """Everything that is due now is said and heard; the frames it took."""
         start = len(self.log)
@@ -85,7 +89,7 @@ class Talk:
                         if frozenset((name, peer)) in self.links:
                             self.replicas[peer].receive(name, frame, self.now)
                 while (change := replica.next_change()) is not None:
-                    self.told[name].append(change)
+                    self.take(name, change)
             if is_quiet:
                 return [frame for _, _, frame in self.log[start:]]
         raise AssertionError("they never stop talking")

@@ -8,8 +8,8 @@ import pytest
 
 from mesh.delta_streams import DeltaStreams
 from mesh.errors import BoundError, DecodeError
-from mesh.frames import Frame, FrameType
-from mesh.namespace import Appended, Ended, Lost, Restarted, Restored, Stream
+from mesh.frames import FrameType
+from mesh.namespace import Appended, Change, Ended, Lost, Restarted, Restored, Stream
 from mesh.records import Delta, Snap, SnapWant, decode_body, encode_body
 from mesh.replica import ReplicaSettings
 from tests.mesh.replica_talk import Talk
@@ -43,18 +43,13 @@ class Told(Talk):
         ]
         return super().new(name)
 
-    def settle(self) -> list[Frame]:
-        frames = super().settle()
-        for name, changes in self.told.items():
-            for change in changes:
-                if isinstance(change, Appended):
-                    self.indexes[name].apply(change.owner, change.payload)
-                elif isinstance(change, Restored):
-                    self.indexes[name].restore(change)
-                elif isinstance(change, Restarted):
-                    self.indexes[name].known.pop(change.owner, None)
-            changes.clear()
-        return frames
+    def take(self, name: str, change: Change) -> None:
+        if isinstance(change, Appended):
+            self.indexes[name].apply(change.owner, change.payload)
+        elif isinstance(change, Restored):
+            self.indexes[name].restore(change)
+        elif isinstance(change, Restarted):
+            self.indexes[name].known.pop(change.owner, None)
 
     def append(self, name: str, payload: bytes) -> None:
         self.indexes[name].apply(name, payload)
@@ -389,3 +384,65 @@ def test_twenty_requests_of_eighteen_blocks_cost_what_was_planned() -> None:
         talk["a"].append("prefix", bytes(14 + 8 * 18), talk.now)
     (frame,) = talk.run(0.2)
     assert len(frame.body) + 5 <= 20 * (22 + 8 * 18)
+
+
+def begin_fetch(talk: Told, key: bytes | None) -> None:
+    """b asks a for a snapshot (ticket 1); the question is not delivered."""
+    store(talk, "b").snapshots.need(("a", 1), key, "a")
+    store(talk, "b")._fetch(talk.now)
+    assert [frame.type for frame in talk["b"].frames_to_send("a", talk.now)] == [FrameType.SNAP_WANT]
+
+
+def test_a_snapshot_older_than_what_came_meanwhile_takes_the_position_back() -> None:
+    talk = Told()
+    for number in range(5):
+        talk.append("a", b"k%04d" % number)
+    talk.run(1.0)
+    begin_fetch(talk, b"k")
+    snap = Snap("prefix", "a", 1, b"k", 1, 3, 2 | 4, 0, b"k0000k0001k0002")
+    talk["b"].receive("a", encode_body(snap), talk.now)
+    assert store(talk, "b").logs[("a", 1)].have == 3
+    talk.run(1.0)
+    assert talk.indexes["b"].view() == talk.indexes["a"].view()
+
+
+def test_no_snapshot_is_begun_while_its_server_has_changes_to_tell() -> None:
+    talk = Told()
+    want = SnapWant("prefix", "a", 1, None, 1)
+    talk.append("a", b"k0001")
+    talk.now += 0.2
+    talk["a"].tick(talk.now)
+    for frame in talk["a"].frames_to_send("b", talk.now):
+        talk["b"].receive("a", frame, talk.now)
+    talk["b"].receive("a", encode_body(want), talk.now)
+    assert talk["b"].frames_to_send("a", talk.now) == []
+    while talk["b"].next_change() is not None:
+        pass
+    assert talk["b"].peers_to_send() == ["a"]
+    assert [frame.type for frame in talk["b"].frames_to_send("a", talk.now)] == [FrameType.SNAP]
+
+
+def test_a_question_that_comes_twice_is_served_once() -> None:
+    talk = Told()
+    talk.append("a", b"k0001")
+    talk.run(1.0)
+    want = encode_body(SnapWant("prefix", "a", 1, None, 1))
+    for _ in range(2):
+        talk["a"].receive("b", want, talk.now)
+        frames = talk["a"].frames_to_send("b", talk.now)
+        talk.now += 1.0
+    assert frames == []
+
+
+def test_fingerprints_are_compared_only_when_all_deltas_before_them_are_told() -> None:
+    talk = Told()
+    talk.append("a", b"k0001")
+    talk.now += 2.6
+    talk["a"].tick(talk.now)
+    frames = talk["a"].frames_to_send("b", talk.now)
+    assert [frame.type for frame in frames] == [FrameType.DELTA, FrameType.VECTOR]
+    for frame in frames:
+        talk["b"].receive("a", frame, talk.now)
+    talk.run(1.0)
+    assert "diverged_keys" not in talk["b"].stats()
+    assert FrameType.SNAP_WANT not in talk.kinds()

@@ -398,3 +398,46 @@ def test_a_hundred_changes_for_a_slow_peer_are_one_frame_of_the_newest() -> None
         talk["a"].tick(talk.now)
     assert len(talk.settle()) == 1
     assert talk.changes("b") == [Put("reg", "a", b"w", b"99")]
+
+
+def test_who_took_a_whole_map_makes_older_peers_take_it_too() -> None:
+    talk = Talk([SHORT], "abc")
+    for key in (b"x", b"y"):
+        talk["a"].put("reg", key, b"1", talk.now)
+    talk.settle()
+    for pair in ("ab", "ac", "bc"):
+        talk.cut(*pair)
+    talk["a"].remove("reg", b"x", talk.now)
+    talk.run(20.0)
+    talk.connect("a", "b")
+    talk.settle()
+    talk.cut("a", "b")
+    talk.connect("b", "c")
+    talk.settle()
+    assert view(talk, "c") == {("a", b"y"): b"1"}
+
+
+def test_a_map_that_did_not_fit_is_not_passed_on_as_whole() -> None:
+    talk = Talk([Owned(name="reg", bytes_max=6000)], "abcd", is_connected=False, is_relay=True)
+    talk.connect("a", "c")
+    talk.connect("b", "c")
+    for name in "ab":
+        for number in range(10):
+            talk[name].put("reg", b"%d" % number, bytes(200), talk.now)
+    talk.settle()
+    (refused,) = (log.owner for log in store(talk, "c").logs.values() if log.is_truncated)
+    talk.connect("c", "d")
+    talk.run(30.0)
+    assert view(talk, "d", refused) == {}
+    assert len(view(talk, "d")) == 10
+
+
+def test_a_relay_does_not_say_to_a_peer_what_it_heard_from_it() -> None:
+    talk = Talk([REG], "abc", is_connected=False, is_relay=True)
+    talk.connect("a", "b")
+    talk.connect("b", "c")
+    talk.settle()
+    talk.log.clear()
+    talk["a"].put("reg", b"w", b"1", talk.now)
+    talk.settle()
+    assert [(s, t) for s, t, _ in talk.log] == [("a", "b"), ("b", "c")]
