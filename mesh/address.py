@@ -12,7 +12,7 @@ _MAPPED = "::ffff:"
 
 
 def parse_address(text: str, default_port: int) -> Address:
-    """Host (name or IP address, without brackets) and port of a text. Raises SettingsError that names the text."""
+    """Host (name or IP address, without brackets) and port of a text; `default_port` 0 = there is none. Raises SettingsError."""
     text = text.strip()
     host, port = text, ""
     if text.startswith("["):
@@ -28,10 +28,10 @@ def parse_address(text: str, default_port: int) -> Address:
             raise SettingsError(f"not an address: {text!r}")
     if not host or any(letter.isspace() for letter in host) or "/" in host:
         raise SettingsError(f"not an address: {text!r}")
-    if not port:
+    if not port and default_port:
         return (host, default_port)
     if not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
-        raise SettingsError(f"not a port: {text!r}")
+        raise SettingsError(f"no port between 1 and 65535: {text!r}")
     return (host, int(port))
 
 

@@ -105,7 +105,7 @@ def head_bytes(source: Source, body: Body) -> int:
 
 
 def packet_bytes(packet: Packet) -> int:
-    """Size of the packet as the machine counts it: never below, and at most 24 bytes above, its encoding."""
+    """Size of the packet as the machine counts it: never below, and at most 48 bytes above, its encoding."""
     return head_bytes(packet.source, packet.body) + sum(news_bytes(news) for news in packet.news)
 
 

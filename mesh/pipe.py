@@ -87,15 +87,18 @@ class Pipe:
         "_wake",
         "dropped",
         "end",
+        "equal_s",
         "error",
         "is_dialer",
         "is_kept",
         "opened_s",
         "peer",
         "peer_digest",
+        "peer_fingerprint",
         "received_s",
         "sent_s",
         "silent_ticks",
+        "told_digest",
     )
 
     def __init__(
@@ -117,7 +120,11 @@ class Pipe:
         self.peer: Hello | None = None
         self.peer_digest: bytes | None = None
         """The digest of the peer's state in its last keep-alive."""
-        self.opened_s = self.sent_s = self.received_s = trio.current_time()
+        self.peer_fingerprint: int | None = None
+        self.told_digest: bytes | None = None
+        """The digest in our own last keep-alive."""
+        self.opened_s = self.sent_s = self.received_s = self.equal_s = trio.current_time()
+        """`equal_s`: when the peer last had the digest that we had."""
         self.silent_ticks = 0
         """Rounds of maintenance since anything came: counts our running time only, so a freeze is not silence."""
         self.dropped = 0

@@ -150,6 +150,10 @@ class Streams:
             pipe = next((each for each in self._pipes.get(name, {}).values() if each.is_open), None)
         return pipe
 
+    def is_bound(self, pipe: Pipe) -> bool:
+        """Is this the stream that carries its peer's state?"""
+        return pipe.peer is not None and self._bound.get(pipe.peer.name) is pipe
+
     @property
     def count(self) -> int:
         """Open streams."""
@@ -200,10 +204,10 @@ class Streams:
             for name in list(self._pipes):
                 self.rebind(name)
 
-    def welcome_member(self, member: Member) -> None:
+    def welcome_member(self, name: str, address: Address) -> None:
         """A member appeared: in a small mesh the smaller name dials at once."""
-        if not self._is_large and self._owner.hello(0).name < member.name and not self._has(member.name):
-            self._dial(member.address).is_kept = True
+        if not self._is_large and self._owner.hello(0).name < name and not self._has(name):
+            self._dial(address).is_kept = True
 
     def maintain(self, live: list[Member], now: float) -> None:
         """Once per round: dial what is missing, close what is not needed or silent."""

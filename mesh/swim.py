@@ -15,7 +15,6 @@ The shell's loop, whole:
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable
 from random import Random
 
@@ -122,7 +121,7 @@ class Swim:
         )
         self._seeds = Seeds(settings, self._own, self._roster, self._outbox, self._timers, rng)
         self._farewell: Farewell | None = None
-        self._doubts: deque[tuple[str, Accusation]] = deque()
+        self._doubts: dict[str, Accusation] = {}
         self._strangers: dict[str, float] = {}
         self._gossip_armed = False
         self._gossiped_s = float("-inf")
@@ -442,16 +441,15 @@ class Swim:
 
     def _doubt(self, entry: Record, sender: str, now: float) -> None:
         """A peer holds dead whom we hold alive: probe it soon, with the accusation, so that it refutes."""
-        if len(self._doubts) >= self._settings.members_max:
-            return
-        accusation = Accusation(entry.name, entry.boot, entry.incarnation, Status.DEAD, sender)
-        self._doubts.append((entry.name, accusation))
-        if len(self._doubts) == 1:
+        if not self._doubts:
             self._timers.at(now, self._doubt_round)
+        accusation = Accusation(entry.name, entry.boot, entry.incarnation, Status.DEAD, sender)
+        self._doubts[entry.name] = accusation
 
     def _doubt_round(self, now: float) -> None:
         for _ in range(min(DOUBTS_PER_ROUND, len(self._doubts))):
-            name, accusation = self._doubts.popleft()
+            name = next(iter(self._doubts))
+            accusation = self._doubts.pop(name)
             member = self._roster.get(name)
             if member is not None and member.is_live:
                 self._detector.probe_now(member, now, (accusation,))

@@ -8,6 +8,7 @@ as on any network, and counted. Tests put another `Transport` in its place.
 from __future__ import annotations
 
 import errno
+import os
 import socket
 import ssl
 from typing import Protocol
@@ -261,7 +262,8 @@ class NetTransport:
         except OSError as error:
             connection.close()
             is_refused = error.errno == errno.ECONNREFUSED
-            raise DialError(error.strerror or str(error), is_refused) from error
+            text = os.strerror(error.errno) if error.errno else str(error)
+            raise DialError(text, is_refused) from error
         except BaseException:
             connection.close()
             raise
