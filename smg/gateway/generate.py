@@ -15,7 +15,7 @@ import trio
 from smg.api import checks, multipart
 from smg.api.call import Call
 from smg.api.endpoints import Endpoint
-from smg.errors import ClientGone, GatewayError
+from smg.errors import ClientGone, GatewayError, ShuttingDown
 from smg.fleet.pool import Pool
 from smg.fleet.registry import Added, ModelsChanged, Registry, Removed, Updated
 from smg.gateway.resolve import key_headers as resolve_key_headers
@@ -113,6 +113,15 @@ class Generate:
             raise
         except ClientGone:
             self._count_failure(exchange, endpoint, lane, CLIENT_GONE_STATUS, "client_gone")
+            raise
+        except ShuttingDown:
+            if exchange.has_begun_answer:
+                self._count_failure(exchange, endpoint, lane, exchange.status, "")
+            else:
+                self._count_failure(exchange, endpoint, lane, 503, "no_available_workers")
+            raise
+        except Exception:  # a fault of ours: counted here, told and answered by the server (ERR-21)
+            self._count_failure(exchange, endpoint, lane, 500, "internal_error")
             raise
 
     def _call(self, exchange: Exchange, endpoint: Endpoint, body: bytes, fields: dict[bytes, bytes]) -> Call:

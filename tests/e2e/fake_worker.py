@@ -259,7 +259,7 @@ class FakeWorker:
         self.connections += 1
         try:
             rest = b""
-            while True:
+            while stream.socket.fileno() >= 0:
                 while b"\r\n\r\n" not in rest:
                     data = await stream.receive_some(1 << 20)
                     if not data:
@@ -270,8 +270,6 @@ class FakeWorker:
                 turn = Turn(self, stream, head, rest)
                 await self._answer(turn)
                 rest = turn.rest
-                if stream.socket.fileno() < 0:
-                    return
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             pass
         except trio.Cancelled:
