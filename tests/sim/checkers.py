@@ -57,7 +57,7 @@ class Checker:
     def _check_bounds(self, node: Node) -> None:
         counts = node.swim.counts()
         members = counts["members"] + 1
-        if counts["rumors"] > members or counts["suspicions"] > members or counts["doubts"] > 4 * members:
+        if counts["rumors"] > members or counts["suspicions"] > members or counts["doubts"] > members:
             self.say(f"{node.name} queues {counts}")
         if counts["timers"] > 1100 + TIMERS_PER_MEMBER * members:
             self.say(f"{node.name} has {counts['timers']} timers for {members} members")
