@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable
 
 import msgspec
+import trio
 
 from smg.errors import ShuttingDown, UpstreamError
 from smg.gateway.problem import KEEP_ALIVE, stream_failure
@@ -25,6 +26,7 @@ HELD_BYTES_MAX = (
     64 << 10
 )  # a plain answer up to this is sent when it is whole, so that a loss can be retried (DN-5)
 PASSED_ON = -1  # in place of a number of bytes: nothing is held
+LAST_CHUNK = b"0\r\n\r\n"
 BODYLESS = frozenset((204, 304))
 TAP_PIECES = 64  # last pieces of a stream that the tap refers to; with pieces of >= 64 bytes they hold 4 KiB
 
@@ -174,98 +176,125 @@ async def relay_stream(
 ) -> None:
     """Relays an event stream: one send per read of the worker's connection, back-pressure by the send itself.
 
-    A worker that dies gets a failure frame written in its place (STR-6, STR-7) and the failure into `told`. Raises
-    `ClientGone`; `first_byte(now)` is called once, when the body begins; `ShuttingDown` after the failure frame was offered to the client (LIFE-6).
+    `first_byte(now)` is called once, when the body begins. A worker that dies gets a failure frame written in its place
+    (STR-6, STR-7) and the failure into `told`. Raises `ClientGone`; `ShuttingDown` after the failure frame was offered
+    to the client (LIFE-6).
     """
     exchange.start_streaming()
-    is_chunked = not exchange.head.is_http10
-    parking = exchange.parking
-    readiness = exchange.readiness
-    write = exchange.write
-    keepalive_s = min(bounds.keepalive_s or bounds.silence_max_s, bounds.silence_max_s)
-    tap: deque[bytes] = deque(maxlen=TAP_PIECES)
-    first = b""
-    watch = ResponsesWatch() if dialect == "responses" else None
-    head = exchange.head_block(upstream.status, returned(upstream.headers) + id_line, None)
+    stream = _Stream(exchange, upstream, dialect, bounds)
     try:
+        await stream.pump(
+            exchange.head_block(upstream.status, returned(upstream.headers) + id_line, None), told, first_byte
+        )
+    except UpstreamError as error:
+        if await stream.ends_well_after_all():
+            await exchange.write(LAST_CHUNK if stream.is_chunked else b"")
+        else:
+            told.failure = error
+            await stream.write_failure()
+            return
+    except ShuttingDown:
+        exchange.keep_alive = False
+        await stream.write_failure()
+        raise
+    told.usage = stream.usage()
+
+
+class _Stream:
+    """One stream on its way: what was passed on last, and how pieces are framed for this client."""
+
+    __slots__ = ("bounds", "dialect", "exchange", "first", "is_chunked", "tap", "upstream", "watch")
+
+    def __init__(self, exchange: Exchange, upstream: Upstream, dialect: str, bounds: StreamBounds) -> None:
+        self.exchange = exchange
+        self.upstream = upstream
+        self.dialect = dialect
+        self.bounds = bounds
+        self.is_chunked = not exchange.head.is_http10
+        self.tap: deque[bytes] = deque(maxlen=TAP_PIECES)
+        self.first = b""
+        self.watch = ResponsesWatch() if dialect == "responses" else None
+
+    async def pump(self, head: bytes, told: Told, first_byte: Callable[[float], None]) -> None:
+        """Passes pieces on until the answer's end; `head` goes with the first. Raises `UpstreamError`."""
+        exchange, upstream, tap, watch = self.exchange, self.upstream, self.tap, self.watch
+        parking, readiness = exchange.parking, exchange.readiness
+        slot = upstream.connection.slot
+        is_chunked = self.is_chunked
+        keepalive_s = min(self.bounds.keepalive_s or self.bounds.silence_max_s, self.bounds.silence_max_s)
         while True:
-            pieces = upstream.pieces
-            if pieces:
+            is_complete = upstream.is_complete
+            data = head
+            if upstream.pieces:
                 piece = upstream.take()
                 if told.first_byte_s is None:
                     told.first_byte_s = now = readiness.now_s
-                    first = piece[:TAIL_BYTES]
+                    self.first = piece[:TAIL_BYTES]
                     first_byte(now)
                 tap.append(piece if len(piece) <= TAIL_BYTES else piece[-TAIL_BYTES:])
                 if watch is not None:
                     watch.feed(piece)
-                await write(b"%b%x\r\n%b\r\n" % (head, len(piece), piece) if is_chunked else head + piece)
+                data = b"%b%x\r\n%b\r\n" % (head, len(piece), piece) if is_chunked else head + piece
+            if is_complete and is_chunked:
+                data += LAST_CHUNK
+            if data:
                 head = b""
-            elif head:
-                await write(head)
-                head = b""
-            if upstream.is_complete:
-                break
+                if not exchange.write_nowait(data):
+                    await exchange.flush()
+            if is_complete:
+                return
             parking.deadline_s = readiness.now_s + keepalive_s
-            try:
-                await upstream.read_more(parking)
-            except DeadlinePassed:
-                await _outlast_silence(exchange, upstream, dialect, bounds, b"".join(tap)[-4:])
-    except UpstreamError as error:
-        told.failure = error
-        piece = upstream.take()  # good bytes that came in one read with the bad ones
+            if slot.is_readable:
+                # Read without waiting: let the others run, or one fast worker starves the loop.
+                await trio.lowlevel.checkpoint()
+            elif not await parking.wait_readable(slot):
+                await self._outlast_silence(keepalive_s)
+                continue
+            upstream.receive_nowait()
+
+    async def ends_well_after_all(self) -> bool:
+        """Passes on what came in one read with the end; whether the worker had sent its end marker (STR-8)."""
+        piece = self.upstream.take()
         if piece:
-            tap.append(piece)
-            await write(b"%x\r\n%b\r\n" % (len(piece), piece) if is_chunked else piece)
-        tail = b"".join(tap)[-TAIL_BYTES:]
-        has_ended = watch.has_ended if watch is not None else has_end_marker(dialect, tail)
-        if has_ended:
-            told.failure = None
-        else:
-            await _write_failure(exchange, dialect, tail, watch, is_chunked)
-    except ShuttingDown:
-        tail = b"".join(tap)[-TAIL_BYTES:]
-        exchange.keep_alive = False
-        await _write_failure(exchange, dialect, tail, watch, is_chunked)
-        if is_chunked:
-            await write(b"0\r\n\r\n")
-        raise
-    if is_chunked:
-        await write(b"0\r\n\r\n")
-    last = b"".join(tap)[-TAIL_BYTES:]
-    # Anthropic tells the prompt's tokens in the first event and the answer's in the last.
-    told.usage = usage_of(first + last if dialect == "anthropic" else last)
+            self.tap.append(piece)
+            if self.watch is not None:
+                self.watch.feed(piece)
+            await self.exchange.write(b"%x\r\n%b\r\n" % (len(piece), piece) if self.is_chunked else piece)
+        if self.watch is not None:
+            return self.watch.has_ended
+        return has_end_marker(self.dialect, self._tail())
 
+    async def write_failure(self) -> None:
+        """Closes an incomplete event and writes the failure frame and a regular end (STR-6, STR-7)."""
+        number = self.watch.next_number if self.watch is not None else 0
+        frame = closing(self._tail()) + stream_failure(self.dialect, self.exchange.request_id, number)
+        framed = b"%x\r\n%b\r\n%b" % (len(frame), frame, LAST_CHUNK) if self.is_chunked else frame
+        await self.exchange.write(framed)
 
-async def _write_failure(
-    exchange: Exchange, dialect: str, tail: bytes, watch: ResponsesWatch | None, is_chunked: bool
-) -> None:
-    number = watch.next_number if watch is not None else 0
-    frame = closing(tail) + stream_failure(dialect, exchange.request_id, number)
-    await exchange.write(b"%x\r\n%b\r\n" % (len(frame), frame) if is_chunked else frame)
+    def usage(self) -> Usage | None:
+        """Token counts of the stream: Anthropic tells the prompt's in the first event and the answer's in the last."""
+        return usage_of(self.first + self._tail() if self.dialect == "anthropic" else self._tail())
 
+    def _tail(self) -> bytes:
+        return b"".join(self.tap)[-TAIL_BYTES:]
 
-async def _outlast_silence(
-    exchange: Exchange, upstream: Upstream, dialect: str, bounds: StreamBounds, tail: bytes
-) -> None:
-    """Sends keep-alive comments until the worker speaks again; raises `UpstreamError` when it was silent too long.
+    async def _outlast_silence(self, keepalive_s: float) -> None:
+        """Sends keep-alive comments until the worker speaks again.
 
-    Called when the parking's deadline, set `keepalive_s` after the last piece, has passed.
-    """
-    parking = exchange.parking
-    readiness = exchange.readiness
-    keepalive_s = min(bounds.keepalive_s or bounds.silence_max_s, bounds.silence_max_s)
-    ends_s = parking.deadline_s + (bounds.silence_max_s - keepalive_s)
-    comment = KEEP_ALIVE[dialect]
-    framed = comment if exchange.head.is_http10 else b"%x\r\n%b\r\n" % (len(comment), comment)
-    while True:
-        if readiness.now_s >= ends_s:
-            raise UpstreamError(UpstreamError.TIMEOUT, "stream was silent for too long", was_sent=True)
-        if bounds.keepalive_s and is_between_events(tail):
-            await exchange.write(framed)
-        parking.deadline_s = min(readiness.now_s + keepalive_s, ends_s)
-        try:
-            await upstream.read_more(parking)
-            return
-        except DeadlinePassed:
-            continue
+        Called when the parking's deadline, set `keepalive_s` after the last piece, has passed. Raises `UpstreamError`
+        when the worker was silent for too long (STR-11).
+        """
+        exchange, readiness, parking = self.exchange, self.exchange.readiness, self.exchange.parking
+        bounds = self.bounds
+        ends_s = parking.deadline_s + (bounds.silence_max_s - keepalive_s)
+        comment = KEEP_ALIVE[self.dialect]
+        framed = b"%x\r\n%b\r\n" % (len(comment), comment) if self.is_chunked else comment
+        may_ping = bounds.keepalive_s and is_between_events(self._tail()[-4:])
+        while True:
+            if readiness.now_s >= ends_s:
+                raise UpstreamError(UpstreamError.TIMEOUT, "stream was silent for too long", was_sent=True)
+            if may_ping:
+                await exchange.write(framed)
+            parking.deadline_s = min(readiness.now_s + keepalive_s, ends_s)
+            if await parking.wait_readable(self.upstream.connection.slot):
+                return
