@@ -124,7 +124,8 @@ class App:
         status, code = 500, "internal_error"
         try:
             found = routes.find(path)
-            if found is None or method not in found[0].methods:
+            # OPTIONS on a known path needs no key: browsers send none with a preflight (SEC-9).
+            if found is None or (method not in found[0].methods and method != "OPTIONS"):
                 if routes.is_admin_path(path):
                     self._gates.admin(exchange.head.headers)
                 if found is None:
