@@ -12,6 +12,7 @@ from typing import Annotated
 
 import msgspec
 
+from smg.settings_access import Auth, Tls
 from smg.settings_flag import (
     Field,
     Flag,
@@ -42,6 +43,7 @@ __all__ = [
     "Routing",
     "Settings",
     "Telemetry",
+    "Tls",
     "Workers",
 ]
 
@@ -212,19 +214,6 @@ class Workers(Group, frozen=True, kw_only=True):
         return dict(_alias_and_model(text) for text in self.model_alias)
 
 
-class Auth(Group, frozen=True, kw_only=True):
-    """Keys: who may call."""
-
-    api_key: Annotated[
-        str | None,
-        Flag(
-            is_secret=True,
-            metavar="KEY",
-            doc="Key that inference and admin calls must bring (SEC-1, SEC-2). It is never sent to workers. None: open.",
-        ),
-    ] = None
-
-
 class Telemetry(Group, frozen=True, kw_only=True):
     """Logs, metrics, traces: what operators see."""
 
@@ -350,6 +339,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     load_polls: LoadPolls = LoadPolls()
     limits: Limits = Limits()
     auth: Auth = Auth()
+    tls: Tls = Tls()
     telemetry: Telemetry = Telemetry()
     discovery: Discovery = Discovery()
     pd: PrefillDecode = PrefillDecode()
@@ -374,6 +364,7 @@ GROUPS: dict[str, type[Group]] = {
     "load_polls": LoadPolls,
     "limits": Limits,
     "auth": Auth,
+    "tls": Tls,
     "telemetry": Telemetry,
     "discovery": Discovery,
     "pd": PrefillDecode,

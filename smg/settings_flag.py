@@ -130,7 +130,7 @@ class Group(msgspec.Struct, frozen=True, kw_only=True):
     def __rich_repr__(self) -> list[tuple[str, Any]]:
         secrets = {field.name for field in declared_fields("", type(self)) if field.flag.is_secret}
         values = [(name, getattr(self, name)) for name in self.__struct_fields__]
-        return [(name, HIDDEN if name in secrets and value is not None else value) for name, value in values]
+        return [(name, HIDDEN if name in secrets and value else value) for name, value in values]
 
 
 def declared_fields(group: str, struct: type[msgspec.Struct]) -> tuple[Field, ...]:
@@ -315,7 +315,7 @@ def _word(flag: Flag, text: str) -> str:
             raise ValueError(f"must be one of {', '.join(flag.choices)}")
         return word
     if flag.is_secret:
-        return _secret(text)
+        return _secret(text) if flag.form is None else flag.form(_secret(text))
     if any(ord(character) < 32 or ord(character) == 127 for character in text):
         raise ValueError("contains a control character")
     return not_empty(text) if flag.form is None else flag.form(text)

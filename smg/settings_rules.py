@@ -63,6 +63,19 @@ def warnings(settings: Settings) -> list[str]:
         found.append(
             f"--disable-load-monitoring: {settings.routing.policy} then sees only the requests of this node, not the engines' load"
         )
+    auth = settings.auth
+    if (
+        auth.tenant_api_key
+        and auth.api_key is None
+        and not auth.control_plane_api_keys
+        and not auth.jwt_issuer
+    ):
+        found.append("--tenant-api-key: without an admin key the admin routes are closed to everyone (SEC-4)")
+    if auth.tenant_header_name != "x-smg-tenant-id" and not auth.trust_tenant_header:
+        found.append("--tenant-header-name: has no effect without --trust-tenant-header")
+    for flag, url in (("--jwt-issuer", auth.jwt_issuer), ("--jwt-jwks-uri", auth.jwt_jwks_uri)):
+        if url is not None and url.startswith("http://"):
+            found.append(f"{flag}: {url}: whoever is on the way can replace the keys; use https")
     return found
 
 
@@ -139,6 +152,55 @@ def _prefill_decode(settings: Settings) -> None:
         _refuse("--decode", pd.decode[0], "needs --pd-disaggregation")
 
 
+def _keys(settings: Settings) -> None:
+    """No key may have two meanings (CLI-7); a refusal names their owners and never the key."""
+    auth = settings.auth
+    owners: dict[str, str] = {} if auth.api_key is None else {auth.api_key: "--api-key"}
+    for tenant, key in auth.tenant_keys():
+        owner = owners.setdefault(key, f"tenant {tenant}")
+        if owner != f"tenant {tenant}":
+            _refuse("--tenant-api-key", tenant, f"has the key of {owner} too")
+    ids: set[str] = set()
+    for control in auth.control_keys():
+        owner = owners.setdefault(control.key, f"control-plane key {control.id}")
+        if owner != f"control-plane key {control.id}":
+            _refuse("--control-plane-api-keys", control.id, f"is the key of {owner} too")
+        if control.id in ids:
+            _refuse("--control-plane-api-keys", control.id, "is the id of two keys")
+        ids.add(control.id)
+
+
+def _tokens(settings: Settings) -> None:
+    auth = settings.auth
+    if auth.jwt_issuer is None:
+        for flag, text in (
+            ("--jwt-audience", auth.jwt_audience),
+            ("--jwt-jwks-uri", auth.jwt_jwks_uri),
+            ("--jwt-role-mapping", " ".join(auth.jwt_role_mapping)),
+        ):
+            if text:
+                _refuse(flag, text, "needs --jwt-issuer")
+    elif auth.jwt_audience is None:
+        _refuse("--jwt-issuer", auth.jwt_issuer, "needs --jwt-audience")
+    names: dict[str, str] = {}
+    for text in auth.jwt_role_mapping:
+        name, _, role = text.rpartition("=")
+        if names.setdefault(name, role) != role:
+            _refuse("--jwt-role-mapping", text, f"{name} already maps to {names[name]}")
+
+
+def _certificates(settings: Settings) -> None:
+    tls = settings.tls
+    for flag, path, needed, other in (
+        ("--tls-cert-path", tls.tls_cert_path, "--tls-key-path", tls.tls_key_path),
+        ("--tls-key-path", tls.tls_key_path, "--tls-cert-path", tls.tls_cert_path),
+        ("--client-cert-path", tls.client_cert_path, "--client-key-path", tls.client_key_path),
+        ("--client-key-path", tls.client_key_path, "--client-cert-path", tls.client_cert_path),
+    ):
+        if path is not None and other is None:
+            _refuse(flag, path, f"needs {needed}")
+
+
 _RULES: tuple[Callable[[Settings], None], ...] = (
     _backoff,
     _queue,
@@ -147,6 +209,9 @@ _RULES: tuple[Callable[[Settings], None], ...] = (
     _aliases,
     _discovery,
     _prefill_decode,
+    _keys,
+    _tokens,
+    _certificates,
 )
 
 

@@ -157,7 +157,7 @@ def settings_from(
         source, texts = told
         try:
             if field.flag.is_secret:
-                texts = [read_secret(text, source) for text in texts]
+                texts = _read_secrets(field, texts, source)
             value = to_value(field, texts)
         except SettingsError as wrong:
             raise SettingsError(
@@ -218,6 +218,22 @@ def read_secret(text: str, source: str) -> str:
     return secret
 
 
+def secret_files(arguments: Sequence[str], environment: Mapping[str, str]) -> tuple[str, ...]:
+    """The files that these arguments and this environment take secrets from, in the order of the settings.
+
+    Raises SettingsError as `parse` does.
+    """
+    given = read_arguments(launch_parser(policies=()), arguments)
+    found: dict[str, None] = {}
+    for field in FIELDS:
+        told = _told(field, getattr(given, field.name, None), environment) if field.flag.is_secret else None
+        for text in told[1] if told is not None else ():
+            _, path = _cut_file(field, text)
+            if path is not None:
+                found[path] = None
+    return tuple(found)
+
+
 def positive_seconds(text: str) -> float:
     """A number of seconds above 0, for the `type` of an argument that is no setting."""
     seconds = float(text)
@@ -275,6 +291,36 @@ def _add_field(section: argparse._ArgumentGroup, field: Field, policies: Collect
         section.add_argument(*field.flag_names, action="extend", nargs="*", metavar=metavar, **shared)
     else:
         section.add_argument(*field.flag_names, action="store", metavar=metavar, **shared)
+
+
+def _read_secrets(field: Field, texts: list[str], source: str) -> list[str]:
+    """The texts of a secret setting with every file read (CLI-10).
+
+    For a list a file has one text per line, and only the key of a text may be in a file: `red:@/run/keys/red`.
+    """
+    found = []
+    for text in texts:
+        before, path = _cut_file(field, text)
+        if path is None:
+            found.append(text)
+            continue
+        secret = read_secret(f"@{path}", source)
+        if before or not field.is_list:
+            found.append(before + secret)
+        else:
+            lines = [line.strip() for line in secret.splitlines() if line.strip()]
+            if not lines:  # else a file that was emptied by mistake would open the gateway
+                raise SettingsError(source, repr(text), "is empty", is_combination=True)
+            found += lines
+    return found
+
+
+def _cut_file(field: Field, text: str) -> tuple[str, str | None]:
+    """(what stands before it, the path) of a secret that is in a file; (text, None) of one that is not."""
+    if text.startswith("@/"):
+        return "", text[1:]
+    before, at, path = text.partition(":@/")
+    return (f"{before}:", f"/{path}") if at and field.is_list else (text, None)
 
 
 def _metavar(field: Field) -> str:

@@ -17,11 +17,6 @@ overload-token-usage-threshold eviction-interval-secs eviction-interval block-si
 priority-scheduler-enabled priority-scheduler-config priority-scheduler-default-max-class tenant-rate-limit-enabled
 tenant-rate-limit-config
 
-tenant-api-key control-plane-api-keys control-plane-audit-enabled disable-audit-logging jwt-issuer jwt-audience
-jwt-jwks-uri jwt-role-mapping jwt-role-claim trust-tenant-header tenant-header-name
-
-tls-cert-path tls-key-path client-cert-path client-key-path ca-cert-paths
-
 selector prefill-selector decode-selector router-selector service-discovery-port service-discovery-namespace
 model-id-from
 

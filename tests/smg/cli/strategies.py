@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from hypothesis import strategies as st
 
 from smg.settings import FIELDS, GROUPS, Settings
+from smg.settings_access import control_key, provider_url, role_mapping, tenant_key
 from smg.settings_flag import (
     Field,
     Prefill,
@@ -34,6 +35,12 @@ _TEXTS = {
     origin: st.just("*") | st.builds("https://{}".format, _NAMES),
     url_path: _NAMES.map(lambda name: f"/{name}"),
     worker_url: _URLS,
+    tenant_key: st.builds("{}:{}".format, _NAMES, _NAMES),
+    control_key: st.builds(
+        "{}:{}:{}:{}".format, _NAMES, _NAMES, st.sampled_from(["admin", "user"]), _NAMES.map("k:{}".format)
+    ),
+    provider_url: _URLS,
+    role_mapping: st.builds("{}={}".format, _NAMES, st.sampled_from(["admin", "user"])),
 }
 _SECRETS = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1, max_size=20).filter(
     lambda key: not key.startswith("@/")
@@ -55,7 +62,7 @@ def values(field: Field) -> st.SearchStrategy[Value]:
         elif flag.choices:
             items = st.sampled_from(flag.choices)
         elif flag.is_secret:
-            items = _SECRETS
+            items = _SECRETS if flag.form is None else _TEXTS[flag.form]
         else:
             items = _NAMES if flag.form is None else _TEXTS[flag.form]
     else:
