@@ -49,6 +49,8 @@ class Counters(OwnerMaps):
         self.window_s = namespace.window_s
         self.windows_kept = namespace.windows_kept
         self._sums: dict[bytes, int] = {}
+        self._windows: dict[bytes, int] = {}
+        """Window → how many sums it has; there are few windows."""
         self._expire_due = now if math.isfinite(self.window_s) else math.inf
 
     def window(self, now: float) -> int:
@@ -73,8 +75,7 @@ class Counters(OwnerMaps):
         if len(shard) > SHARD_BYTES_MAX:
             raise BoundError("a shard has at most 127 bits")
         self.write(full, shard, now)
-        self._sums[full] = self._sums.get(full, 0) + amount
-        return self._sums[full]
+        return self._set_sum(full, self._sums.get(full, 0) + amount)
 
     def admits(self, key: bytes, value: bytes | None, now: float) -> bool:
         """Shards of windows that are neither over nor far ahead of our clock."""
@@ -90,18 +91,32 @@ class Counters(OwnerMaps):
         """Keep the sum and tell it."""
         total = self._sums.get(key, 0) + shard_value(new) - shard_value(old)
         if new is None and not any(key in other.entries for other in self.logs.values()):
-            self._sums.pop(key, None)
+            self._drop_sum(key)
             return
-        self._sums[key] = total
+        self._set_sum(key, total)
         if new is not None:
             window = int.from_bytes(key[:WINDOW_BYTES], "big")
             self.home.tell(Counted(self.name, key[WINDOW_BYTES:], window, total))
+
+    def _set_sum(self, key: bytes, total: int) -> int:
+        if key not in self._sums:
+            window = key[:WINDOW_BYTES]
+            self._windows[window] = self._windows.get(window, 0) + 1
+        self._sums[key] = total
+        return total
+
+    def _drop_sum(self, key: bytes) -> None:
+        if self._sums.pop(key, None) is not None:
+            window = key[:WINDOW_BYTES]
+            self._windows[window] -= 1
+            if not self._windows[window]:
+                del self._windows[window]
 
     def make_room(self, log: OwnerLog, growth: int, now: float) -> bool:
         """Drop the oldest windows, never the current one."""
         current = self.window(now).to_bytes(WINDOW_BYTES, "big")
         while self.bytes + growth > self.bytes_max:
-            oldest = min((key[:WINDOW_BYTES] for key in self._sums), default=current)
+            oldest = min(self._windows, default=current)
             if oldest >= current:
                 return False
             self._drop_windows(int.from_bytes(oldest, "big") + 1)
@@ -136,7 +151,7 @@ class Counters(OwnerMaps):
             for key in [k for k in log.entries if k[:WINDOW_BYTES] < limit]:
                 self.bytes -= log.drop(key)
         for key in [k for k in self._sums if k[:WINDOW_BYTES] < limit]:
-            del self._sums[key]
+            self._drop_sum(key)
 
     def next_housekeeping(self) -> float:
         """End of the current window."""

@@ -10,8 +10,6 @@ rings of all origins and passes on what is new to it.
 from __future__ import annotations
 
 import math
-from typing import Any
-
 from mesh.digest import Row, Source, sealed_fingerprint
 from mesh.errors import BoundError, DecodeError
 from mesh.frames import FRAME_BYTES_MAX, Frame
@@ -35,15 +33,20 @@ from mesh.records import (
     WantRow,
     checked_entry,
     encode_body,
+    keep_tail,
+    with_tail,
 )
 from mesh.snapshots import Outbound, Snapshots
-from mesh.stream_log import StreamLog
+from mesh.stream_log import Item, StreamLog
 
 KEYS_REPAIRED_MAX = 64
 """Diverged keys of one origin that are fetched one by one; with more the whole is fetched."""
 
-KEY_ROWS_MAX = 4096
-"""Fingerprints of more keys than this are not announced: the vector must stay small."""
+KEY_ROWS_BYTES_MAX = 256 * 1024
+"""Fingerprints that take more than this are not announced: with the rows of all owners they must fit one frame."""
+
+KEY_ROW_BYTES = 24
+"""A fingerprint beside its key."""
 
 
 class DeltaStreams:
@@ -89,7 +92,7 @@ class DeltaStreams:
         if now + self.coalesce_s < self.due:
             self.due = now + self.coalesce_s
 
-    def _keep(self, log: StreamLog, item: Any) -> None:
+    def _keep(self, log: StreamLog, item: Item) -> None:
         """Append to a ring; the rings of others give way first, then its own oldest."""
         before = log.bytes
         log.append(item, is_kept=True)
@@ -134,7 +137,7 @@ class DeltaStreams:
             keys: tuple[tuple[bytes, int, int], ...] = ()
             if log is self._own and self.source is not None:
                 keys = tuple(self.source.fingerprints(owner))
-                if len(keys) > KEY_ROWS_MAX:
+                if sum(len(key) + KEY_ROW_BYTES for key, _, _ in keys) > KEY_ROWS_BYTES_MAX:
                     keys = ()
             if log.have or log is self._own:
                 rows.append(Row(owner, life, log.have, log.first, keys))
@@ -150,7 +153,7 @@ class DeltaStreams:
             listed.add(source)
             if row.owner == self.home.name:
                 if row.life > self.life or (row.life == self.life and row.have > self._own.have):
-                    if self.home.is_credible(row.life, now):
+                    if self.home.is_credible(row.owner, row.life, now):
                         self.outrank(row.life, now)
                     continue
             elif not self._is_welcome(source, now):
@@ -211,7 +214,7 @@ class DeltaStreams:
         if len(self.logs) >= self.home.settings.owners_max:
             self.home.count("refused_owners")
             return False
-        return self.home.is_credible(source[1], now)
+        return self.home.is_credible(*source, now)
 
     # ---- wants ------------------------------------------------------------------------------------------
 
@@ -220,6 +223,8 @@ class DeltaStreams:
             return
         if len(self._asked) >= self.home.settings.owners_max:
             self._asked = {s: t for s, t in self._asked.items() if t > now}
+            if len(self._asked) >= self.home.settings.owners_max:
+                return
         self._asked[source] = now + self.home.settings.want_timeout_s
         link.add_want(source, since, 0)
 
@@ -267,7 +272,10 @@ class DeltaStreams:
         if self._encoded is not None and self._encoded[0] == wanted:
             _, frame, upto = self._encoded
         else:
-            items = log.after(since, DELTA_BYTES_MAX)
+            items = [
+                item if type(item) is bytes else with_tail([item[0]], item[1])
+                for item in log.after(since, DELTA_BYTES_MAX)
+            ]
             upto = since + len(items)
             frame = encode_body(Delta(self.name, log.owner, log.life, since, upto, flags, items))
             self._encoded = (wanted, frame, upto)
@@ -312,18 +320,23 @@ class DeltaStreams:
     # ---- frames in --------------------------------------------------------------------------------------
 
     @staticmethod
-    def _decode(delta: Delta) -> None:
-        """Raises DecodeError with nothing changed."""
+    def _decode(delta: Delta) -> list[Item]:
+        """Payloads, with what a newer version put behind them. Raises DecodeError with nothing changed."""
+        items: list[Item] = []
         for item in delta.entries:
-            payload = item if type(item) is bytes else checked_entry(item, 1)[0]
-            if type(payload) is not bytes or len(payload) > VALUE_BYTES_MAX:
+            tail = b""
+            if type(item) is not bytes:
+                item, tail = checked_entry(item, 1)[0], keep_tail(item, 1)
+            if type(item) is not bytes or len(item) > VALUE_BYTES_MAX:
                 raise DecodeError("stream payload")
+            items.append((item, tail) if tail else item)
         if delta.upto - delta.since != len(delta.entries):
             raise DecodeError("a stream delta has one payload per sequence number")
+        return items
 
     def receive_delta(self, link: Link, delta: Delta, now: float) -> None:
         """Deliver what comes next; repair a gap. Raises DecodeError."""
-        self._decode(delta)
+        items = self._decode(delta)
         source = (delta.owner, delta.life)
         if delta.owner == self.home.name or not self._is_welcome(source, now):
             return
@@ -336,7 +349,7 @@ class DeltaStreams:
             return
         self._asked.pop(source, None)
         had = log.have
-        for item in delta.entries[had - delta.since :]:
+        for item in items[had - delta.since :]:
             if self.home.is_relay:
                 self._keep(log, item)
             else:
@@ -441,7 +454,7 @@ class DeltaStreams:
 
     def owner_restarted(self, owner: str, life: int, now: float) -> None:
         """The former life is over."""
-        if owner != self.home.name and self.home.is_credible(life, now):
+        if owner != self.home.name and self.home.is_credible(owner, life, now):
             self._heard_of((owner, life))
 
     def owner_left(self, owner: str, life: int, now: float) -> None:

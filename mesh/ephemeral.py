@@ -65,14 +65,19 @@ class Ephemeral(OwnerMaps):
 
     def make_room(self, log: OwnerLog, growth: int, now: float) -> bool:
         """Drop peers' entries that would expire first."""
-        while self.bytes + growth > self.bytes_max:
-            others = [x for x in self.logs.values() if x.entries and x.owner != self.home.name]
-            if not others:
-                return False
-            oldest = min(others, key=lambda x: next(iter(x.entries.values())).said_s)
-            self._expire(oldest, next(iter(oldest.entries)))
+        others = [
+            (entry.said_s, key, source)
+            for source, other in self.logs.items()
+            if source[0] != self.home.name
+            for key, entry in other.entries.items()
+        ]
+        for _, key, source in sorted(others):
+            # Room for a while, because the search above looks at everything.
+            if self.bytes + growth <= self.bytes_max * 15 // 16:
+                break
+            self._expire(self.logs[source], key)
             self.home.count("dropped_entries")
-        return True
+        return self.bytes + growth <= self.bytes_max
 
     def admits(self, key: bytes, value: bytes | None, now: float) -> bool:
         """Everything; but from now on there is something to expire."""

@@ -14,6 +14,7 @@ import msgspec
 from mesh.digest import Source
 from mesh.link import Link
 from mesh.namespace import Change, Lost
+from mesh.settings import NAME_BYTES_MAX
 
 LIFE_BORN_BITS = 32
 """A life number's upper half is its birth in wall seconds, see `replica.life_number`."""
@@ -79,8 +80,12 @@ class Home:
         """Wall time in seconds."""
         return now + self.wall_offset_s
 
-    def is_credible(self, life: int, now: float) -> bool:
-        """Was this life born no further ahead of our wall clock than is tolerated? Counts refusals."""
+    def is_credible(self, owner: str, life: int, now: float) -> bool:
+        """Is this the name of a member, and was this life born no further ahead of our wall clock than is tolerated?
+        Counts refusals."""
+        if len(owner.encode()) > NAME_BYTES_MAX:
+            self.count("refused_owners")
+            return False
         if life >> LIFE_BORN_BITS <= self.wall(now) + self.settings.stamp_ahead_max_s and life < 1 << 64:
             return True
         self.count("refused_lives")

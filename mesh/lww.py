@@ -43,6 +43,7 @@ from mesh.records import (
     checked_value,
     encode_body,
     keep_tail,
+    with_tail,
 )
 from mesh.stamp import TIME_MAX, ZERO, Clock, Stamp
 
@@ -69,7 +70,7 @@ class Entry(msgspec.Struct, gc=False, frozen=True):
     value: bytes | None
     said_s: float
     sum: int
-    tail: tuple[object, ...] = ()
+    tail: bytes = b""
 
 
 def _sum(key: bytes, stamp: Stamp, value: bytes | None) -> int:
@@ -102,6 +103,7 @@ class LwwMap:
         self._clock = Clock(home.name)
         self._sums = [0] * BUCKETS
         self._mark = 0
+        self._deletions = 0
         self._collect_due = math.inf
 
     # ---- what users do ----------------------------------------------------------------------------------
@@ -120,12 +122,10 @@ class LwwMap:
     def write(self, key: bytes, value: bytes | None, now: float) -> None:
         """Set or (None) delete a key. Raises BoundError (nothing changed) when it is too big or there is no room."""
         check_sizes(key, value)
-        old = self.entries.get(key)
-        growth = self._size(key, value) - (self._size(key, old.value) if old else 0)
-        if growth > 0 and not self._make_room(growth, self.bytes_max):
+        if not self._make_room(key, self._size(key, value), self.bytes_max):
             raise BoundError(f"namespace {self.name} is full")
         stamp = self._clock.stamp(self.home.wall(now))
-        self._set(key, stamp, value, now, ())
+        self._set(key, stamp, value, now, b"")
         self.touch(key, None, now)
 
     def touch(self, key: bytes, origin: str | None, now: float) -> None:
@@ -136,18 +136,17 @@ class LwwMap:
     # ---- the map ----------------------------------------------------------------------------------------
 
     @staticmethod
-    def _size(key: bytes, value: bytes | None) -> int:
-        return ENTRY_BYTES + STAMP_BYTES + len(key) + len(value or b"")
+    def _size(key: bytes, value: bytes | None, tail: bytes = b"") -> int:
+        return ENTRY_BYTES + STAMP_BYTES + len(key) + len(value or b"") + len(tail)
 
-    def _set(
-        self, key: bytes, stamp: Stamp, value: bytes | None, now: float, tail: tuple[object, ...]
-    ) -> None:
+    def _set(self, key: bytes, stamp: Stamp, value: bytes | None, now: float, tail: bytes) -> None:
         self._drop(key)
         entry = Entry(stamp, value, now, _sum(key, stamp, value), tail)
         self.entries[key] = entry
-        self.bytes += self._size(key, value)
+        self.bytes += self._size(key, value, tail)
         self._sums[bucket_of(key)] ^= entry.sum
         if value is None:
+            self._deletions += 1
             self._collect_due = min(self._collect_due, self._expiry(entry))
         else:
             self._mark ^= entry.sum
@@ -155,9 +154,11 @@ class LwwMap:
     def _drop(self, key: bytes) -> None:
         entry = self.entries.pop(key, None)
         if entry is not None:
-            self.bytes -= self._size(key, entry.value)
+            self.bytes -= self._size(key, entry.value, entry.tail)
             self._sums[bucket_of(key)] ^= entry.sum
-            if entry.value is not None:
+            if entry.value is None:
+                self._deletions -= 1
+            else:
                 self._mark ^= entry.sum
 
     def _expiry(self, entry: Entry) -> float:
@@ -169,20 +170,29 @@ class LwwMap:
         self.watermark = max(self.watermark, self.entries[key].stamp)
         self._drop(key)
 
-    def _make_room(self, growth: int, limit: int) -> bool:
+    def _after(self, key: bytes, size: int) -> int:
+        """Bytes of the map once this key's entry has this size."""
+        old = self.entries.get(key)
+        return self.bytes + size - (0 if old is None else self._size(key, old.value, old.tail))
+
+    def _make_room(self, key: bytes, size: int, limit: int) -> bool:
         """Forget the oldest deletions early; living entries are never dropped."""
-        if self.bytes + growth <= limit:
+        after = self._after(key, size)
+        if after <= max(limit, self.bytes):
             return True
+        if not self._deletions:
+            return False
         deletions = sorted((e.stamp, k) for k, e in self.entries.items() if e.value is None)
-        for _, key in deletions:
-            self._forget(key)
+        for _, oldest in deletions:
+            # Room for a while, because the search above looks at everything.
+            if self._after(key, size) <= limit * 15 // 16:
+                break
+            self._forget(oldest)
             self.home.count("dropped_entries")
-            if self.bytes + growth <= limit:
-                return True
-        return False
+        return self._after(key, size) <= limit
 
     def _merge(
-        self, link: Link, key: bytes, stamp: Stamp, value: bytes | None, tail: tuple[object, ...], now: float
+        self, link: Link, key: bytes, stamp: Stamp, value: bytes | None, tail: bytes, now: float
     ) -> None:
         """Take one entry of a peer."""
         if stamp.wall_s > self.home.wall(now) + self.home.settings.stamp_ahead_max_s:
@@ -194,11 +204,14 @@ class LwwMap:
             if value is None:
                 return
             self.home.count("refused_resurrections")
-            stamp, value, tail, origin = self.watermark, None, (), None
-        elif old is not None and (stamp, value or b"") <= (old.stamp, old.value or b""):
+            stamp, value, tail, origin = self.watermark, None, b"", None
+        elif old is not None and (stamp, value is not None, value) <= (
+            old.stamp,
+            old.value is not None,
+            old.value,
+        ):
             return
-        growth = self._size(key, value) - (self._size(key, old.value) if old else 0)
-        if growth > 0 and not self._make_room(growth, 2 * self.bytes_max):
+        if not self._make_room(key, self._size(key, value, tail), 2 * self.bytes_max):
             self.home.count("refused_entries")
             return
         self._clock.observe(stamp)
@@ -289,17 +302,18 @@ class LwwMap:
             del link.keys[key]
             entry = self.entries.get(key)
             if entry is not None:
-                entries.append([key, entry.value, entry.stamp.time, entry.stamp.node, *entry.tail])
-                size += len(key) + len(entry.value or b"") + 32
+                fields = [key, entry.value, entry.stamp.time, entry.stamp.node]
+                entries.append(with_tail(fields, entry.tail))
+                size += len(key) + len(entry.value or b"") + len(entry.tail) + len(entry.stamp.node) + 16
         return encode_body(Delta(self.name, "", 0, 0, 0, 0, entries)) if entries else None
 
     def receive_delta(self, link: Link, delta: Delta, now: float) -> None:
         """Merge entries. Raises DecodeError with nothing changed."""
-        found: list[tuple[bytes, Stamp, bytes | None, tuple[object, ...]]] = []
+        found: list[tuple[bytes, Stamp, bytes | None, bytes]] = []
         for raw in delta.entries:
             entry = checked_entry(raw, 4)
             time, node = checked_number(entry[2]), entry[3]
-            if type(node) is not str or len(node) > NODE_BYTES_MAX or time > TIME_MAX:
+            if type(node) is not str or len(node.encode()) > NODE_BYTES_MAX or time > TIME_MAX:
                 raise DecodeError("entry stamp")
             found.append(
                 (checked_key(entry[0]), Stamp(time, node), checked_value(entry[1]), keep_tail(entry, 4))
@@ -350,5 +364,8 @@ class LwwMap:
 
     def stats(self) -> dict[str, int]:
         """Sizes."""
-        alive = sum(entry.value is not None for entry in self.entries.values())
-        return {"entries": alive, "bytes": self.bytes, "deletions": len(self.entries) - alive}
+        return {
+            "entries": len(self.entries) - self._deletions,
+            "bytes": self.bytes,
+            "deletions": self._deletions,
+        }

@@ -20,13 +20,13 @@ and an integer. Byte caps count it, so that a million tiny entries are not free.
 class Entry(msgspec.Struct, gc=False):
     """`value` None is a deletion. `said_s` is when, by our clock, its owner said it (or we heard it).
 
-    `tail` are elements a newer version put behind the ones we know, forwarded as they came.
+    `tail` are elements a newer version put behind the ones we know, encoded, forwarded as they came.
     """
 
     version: int
     value: bytes | None
     said_s: float
-    tail: tuple[object, ...] = ()
+    tail: bytes = b""
 
 
 class ResetState:
@@ -82,11 +82,17 @@ class OwnerLog:
         entry = self.entries.get(key)
         return None if entry is None else entry.value
 
+    def growth(self, key: bytes, entry: Entry) -> int:
+        """By how many bytes `set` would grow the log."""
+        old = self.entries.get(key)
+        size = len(entry.tail) + len(entry.value or b"")
+        return size + (ENTRY_BYTES + len(key) if old is None else -len(old.tail) - len(old.value or b""))
+
     def set(self, key: bytes, entry: Entry) -> int:
         """Replace the entry of a key, putting it last; the growth in bytes. Does not move `have`."""
         growth = -self.drop(key)
         self.entries[key] = entry
-        size = ENTRY_BYTES + len(key)
+        size = ENTRY_BYTES + len(key) + len(entry.tail)
         if entry.value is None:
             self.deleted += 1
         else:
@@ -101,7 +107,7 @@ class OwnerLog:
         entry = self.entries.pop(key, None)
         if entry is None:
             return 0
-        size = ENTRY_BYTES + len(key)
+        size = ENTRY_BYTES + len(key) + len(entry.tail)
         if entry.value is None:
             self.deleted -= 1
         else:

@@ -20,7 +20,7 @@ from mesh.home import Home, forget_source
 from mesh.link import PUSH_VECTOR, Link
 from mesh.lives import Lives
 from mesh.namespace import KEY_BYTES_MAX, VALUE_BYTES_MAX
-from mesh.owner_log import ENTRY_BYTES, Entry, OwnerLog, ResetState
+from mesh.owner_log import Entry, OwnerLog, ResetState
 from mesh.owner_records import decode_delta, encode_delta
 from mesh.records import FIRST, LAST, PUSH, RESET, Delta, Kind, Vector, Want, WantRow, encode_body
 
@@ -112,13 +112,21 @@ class OwnerMaps:
         old = log.entries.get(key)
         if value is None and (old is None or old.value is None):
             return
-        growth = len(value or b"") - (len(old.value or b"") if old else -len(key) - ENTRY_BYTES)
-        if growth > 0 and self.bytes + growth > self.bytes_max and not self.make_room(log, growth, now):
+        entry = Entry(log.have + 1, value, now)
+        if not self._fits(log, key, entry, now):
             raise BoundError(f"namespace {self.name} is full")
         log.have += 1
-        self.bytes += log.set(key, Entry(log.have, value, now))
+        self.bytes += log.set(key, entry)
         log.touched_s = now
         self.touch((log.owner, log.life), now)
+
+    def _fits(self, log: OwnerLog, key: bytes, entry: Entry, now: float) -> bool:
+        """Is there room for this entry, or was some made?"""
+        growth = log.growth(key, entry)
+        if growth <= 0 or self.bytes + growth <= self.bytes_max:
+            return True
+        # Asked again, because what had to go may be the entry that this one replaces.
+        return self.make_room(log, growth, now) and self.bytes + log.growth(key, entry) <= self.bytes_max
 
     def clear_own(self, now: float) -> None:
         """Delete all own entries."""
@@ -193,7 +201,7 @@ class OwnerMaps:
         for row in vector.rows:
             if row.owner == self.home.name and row.life >= self.life:
                 has_more = row.life > self.life or row.have > self.own.have
-                if has_more and self.home.is_credible(row.life, now):
+                if has_more and self.home.is_credible(row.owner, row.life, now):
                     self.outrank(row.life, now)
 
     def _lacking(self, link: Link, row: Row, now: float) -> None:
@@ -225,7 +233,7 @@ class OwnerMaps:
         if len(self.logs) >= self.home.settings.owners_max:
             self.home.count("refused_owners")
             return False
-        return self.home.is_credible(source[1], now)
+        return self.home.is_credible(*source, now)
 
     # ---- wants ------------------------------------------------------------------------------------------
 
@@ -234,6 +242,8 @@ class OwnerMaps:
             return
         if len(self._asked) >= self.home.settings.owners_max:
             self._asked = {s: t for s, t in self._asked.items() if t > now}
+            if len(self._asked) >= self.home.settings.owners_max:
+                return
         self._asked[source] = now + self.home.settings.want_timeout_s
         link.add_want(source, since, flags)
 
@@ -358,17 +368,13 @@ class OwnerMaps:
         old = log.get(key)
         if not self.admits(key, entry.value, now):
             return True
-        if entry.value is not None:
-            growth = (
-                len(entry.value) - len(old) if old is not None else ENTRY_BYTES + len(key) + len(entry.value)
-            )
-            if growth > 0 and self.bytes + growth > self.bytes_max and not self.make_room(log, growth, now):
-                self.bytes -= log.drop(key)
-                log.is_truncated = True
-                self.home.count("refused_entries")
-                if old is not None:
-                    self.changed(log, key, old, None)
-                return False
+        if not self._fits(log, key, entry, now):
+            self.bytes -= log.drop(key)
+            log.is_truncated = True
+            self.home.count("refused_entries")
+            if old is not None:
+                self.changed(log, key, old, None)
+            return False
         self.bytes += log.set(key, entry)
         if old != entry.value:
             self.changed(log, key, old, entry.value)
@@ -431,7 +437,7 @@ class OwnerMaps:
 
     def owner_restarted(self, owner: str, life: int, now: float) -> None:
         """Begin the newer life, so that the former one's entries go in time even if it says nothing."""
-        if owner != self.home.name and self.home.is_credible(life, now):
+        if owner != self.home.name and self.home.is_credible(owner, life, now):
             self._heard_of((owner, life), now)
 
     def owner_left(self, owner: str, life: int, now: float) -> None:

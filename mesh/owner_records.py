@@ -21,6 +21,7 @@ from mesh.records import (
     checked_value,
     encode_body,
     keep_tail,
+    with_tail,
 )
 
 DELTA_BYTES_MAX = 128 * 1024
@@ -38,12 +39,11 @@ def encode_delta(
             upto = entries[-1][1]
             break
         value = entry.value
-        size += len(key) + len(value or b"") + 8
+        size += len(key) + len(value or b"") + len(entry.tail) + 8
+        fields: list[Any] = [key, entry.version, value]
         if has_age:
-            age_ms = max(0, int((now - entry.said_s) * 1000.0))
-            entries.append([key, entry.version, value, age_ms, *entry.tail])
-        else:
-            entries.append([key, entry.version, value, *entry.tail])
+            fields.append(max(0, int((now - entry.said_s) * 1000.0)))
+        entries.append(with_tail(fields, entry.tail))
     flags = 0
     if is_reset:
         flags = RESET | (FIRST if since == 0 else 0) | (LAST if upto >= log.have else 0)

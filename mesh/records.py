@@ -168,12 +168,19 @@ def decode_body(frame: Frame) -> Body | None:
     return body
 
 
-def keep_tail(entry: list[Any], known: int) -> tuple[object, ...]:
-    """Elements of an entry behind the ones we know, to be forwarded with it; none if they are too long."""
+def keep_tail(entry: list[Any], known: int) -> bytes:
+    """Elements of an entry behind the ones we know, to be forwarded with it; none if they are too long.
+
+    Encoded, because that is what they are counted by: as objects they could be sixty times as large."""
     if len(entry) == known:
-        return ()
-    tail = tuple(entry[known:])
-    return tail if len(_encode(tail)) <= TAIL_BYTES_MAX else ()
+        return b""
+    tail = _encode(entry[known:])
+    return tail if len(tail) <= TAIL_BYTES_MAX else b""
+
+
+def with_tail(entry: list[Any], tail: bytes) -> list[Any]:
+    """An entry with the elements that `keep_tail` kept."""
+    return [*entry, *msgspec.msgpack.decode(tail)] if tail else entry
 
 
 def checked_key(value: object) -> bytes:

@@ -5,7 +5,10 @@ Owns the ring and its byte account. It must never decide who gets what: `delta_s
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypeAlias
+
+Item: TypeAlias = bytes | tuple[bytes, bytes]
+"""A payload, or a payload and the encoded elements that a newer version put behind it."""
 
 ITEM_BYTES = 48
 """What a payload costs besides its bytes: object header and list slot."""
@@ -22,7 +25,7 @@ class StreamLog:
         self.have = 0
         self.bytes = 0
         # A list with a moving start, cut when half is waste: slices in constant time, which a deque has not.
-        self._items: list[Any] = []
+        self._items: list[Item] = []
         self._start = 0
 
     @property
@@ -31,11 +34,13 @@ class StreamLog:
         return self.have + 1 - (len(self._items) - self._start)
 
     @staticmethod
-    def item_bytes(item: Any) -> int:
-        """What an item counts: a payload, or a list of a payload and elements a newer version put behind it."""
-        return ITEM_BYTES + (len(item) if type(item) is bytes else len(item[0]) + 64 * len(item))
+    def item_bytes(item: Item) -> int:
+        """What an item counts."""
+        if type(item) is bytes:
+            return ITEM_BYTES + len(item)
+        return 3 * ITEM_BYTES + len(item[0]) + len(item[1])
 
-    def append(self, item: Any, *, is_kept: bool) -> None:
+    def append(self, item: Item, *, is_kept: bool) -> None:
         """The next payload."""
         self.have += 1
         if is_kept:
@@ -58,7 +63,7 @@ class StreamLog:
     def drop_oldest(self) -> None:
         """Drop the oldest payload. There must be one."""
         item = self._items[self._start]
-        self._items[self._start] = None
+        self._items[self._start] = b""
         self.bytes -= self.item_bytes(item)
         self._start += 1
         if self._start * 2 > len(self._items):
@@ -70,7 +75,7 @@ class StreamLog:
         while self.bytes > bytes_max:
             self.drop_oldest()
 
-    def after(self, since: int, bytes_max: int) -> list[Any]:
+    def after(self, since: int, bytes_max: int) -> list[Item]:
         """Payloads that follow `since` (not before `first - 1`), about so many bytes of them, at least one."""
         index = self._start + since + 1 - self.first
         assert index >= self._start

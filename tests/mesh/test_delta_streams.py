@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+import msgspec
 import pytest
 
 from mesh.delta_streams import DeltaStreams
@@ -347,7 +348,7 @@ def test_payloads_with_unknown_elements_are_delivered_and_forwarded() -> None:
     talk["b"].receive("a", frame, talk.now)
     talk.run(0.2)
     assert payloads(talk, "b") == payloads(talk, "c") == [b"x"]
-    assert store(talk, "c").logs[("a", 1)].after(0, 100) == [[b"x", "new"]]
+    assert store(talk, "c").logs[("a", 1)].after(0, 100) == [(b"x", msgspec.msgpack.encode(["new"]))]
 
 
 def test_payloads_above_the_bound_and_malformed_deltas_are_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from mesh.digest import Row
@@ -185,6 +186,29 @@ def test_what_peers_write_is_taken_up_to_twice_the_cap() -> None:
     assert talk["a"].stats()["refused_entries"] > 0
 
 
+def test_deletions_of_unknown_keys_are_bounded_too() -> None:
+    talk = Talk([Lww(name="conf", bytes_max=4000)])
+    for number in range(12):
+        talk["a"].put("conf", b"live %d" % number, bytes(60), talk.now)
+    for number in range(100):
+        try:
+            talk["a"].remove("conf", b"%d" % number, talk.now)
+        except BoundError:
+            pass
+        assert talk["a"].stats()["conf.bytes"] <= 4000
+    assert talk["a"].stats()["conf.entries"] == 12
+
+
+def test_a_full_peer_still_deletes() -> None:
+    talk = Talk([Lww(name="conf", bytes_max=4000)])
+    for number in range(200):
+        stamp = Stamp(time_of(talk.now) + number, "b")
+        talk["a"].receive("b", encode_body(entry(b"%d" % number, bytes(100), stamp)), talk.now)
+    assert talk["a"].stats()["conf.bytes"] > 4000
+    talk["a"].remove("conf", b"0", talk.now)
+    assert talk["a"].get("conf", b"0") is None
+
+
 def test_keys_and_values_of_wrong_size_are_refused() -> None:
     talk = Talk([CONF])
     for key, value in ((b"", b"v"), (bytes(513), b"v"), (b"k", bytes(64 * 1024 + 1))):
@@ -200,7 +224,7 @@ def test_elements_of_a_later_version_survive_forwarding() -> None:
     stamp = Stamp(time_of(talk.now), "a")
     talk["b"].receive("a", encode_body(entry(b"k", b"v", stamp, "new", [1, 2])), talk.now)
     talk.settle()
-    assert store(talk, "c").entries[b"k"].tail == ("new", [1, 2])
+    assert store(talk, "c").entries[b"k"].tail == msgspec.msgpack.encode(["new", [1, 2]])
 
 
 def test_a_relay_does_not_echo_to_where_it_heard_from() -> None:

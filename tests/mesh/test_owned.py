@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from mesh.errors import BoundError, DecodeError
@@ -358,8 +359,66 @@ def test_elements_of_a_later_version_survive_forwarding_up_to_a_bound() -> None:
     talk["b"].receive("a", encode_body(Delta("reg", "a", 1, 0, 2, 0, entries)), talk.now)
     talk.settle()
     log = store(talk, "c").logs[("a", 1)]
-    assert log.entries[b"k"].tail == ("new",)
-    assert log.entries[b"l"].tail == ()
+    assert log.entries[b"k"].tail == msgspec.msgpack.encode(["new"])
+    assert log.entries[b"l"].tail == b""
+
+
+def test_deletions_do_not_fill_a_map_for_long() -> None:
+    talk = Talk([Owned(name="reg", bytes_max=6000)])
+    for number in range(500):
+        talk["a"].put("reg", b"%d" % number, bytes(50), talk.now)
+        talk.settle()
+        talk["a"].remove("reg", b"%d" % number, talk.now)
+        talk.settle()
+        assert talk["a"].stats()["reg.bytes"] <= 6000
+        assert talk["b"].stats()["reg.bytes"] <= 6000
+    assert view(talk, "a") == view(talk, "b") == {}
+    talk["a"].put("reg", b"last", b"v", talk.now)
+    talk.settle()
+    assert view(talk, "b") == {("a", b"last"): b"v"}
+
+
+def test_deletions_of_a_peer_are_bounded_too() -> None:
+    talk = Talk([Owned(name="reg", bytes_max=6000)])
+    entries = [[b"%d" % n, n + 1, None] for n in range(1000)]
+    talk["a"].receive("b", encode_body(Delta("reg", "b", 1, 0, 1000, 0, entries)), talk.now)
+    assert talk["a"].stats()["reg.bytes"] <= 6000
+
+
+def test_tails_count_as_bytes_and_frames_of_them_stay_below_the_cap() -> None:
+    talk = Talk([Owned(name="reg", bytes_max=2 << 20)], "abc", is_connected=False, is_relay=True)
+    talk.connect("a", "b")
+    talk.connect("b", "c")
+    talk.settle()
+    for first in range(0, 4000, 500):
+        entries = [[b"%d" % n, n + 1, b"", [[]] * 1000] for n in range(first, first + 500)]
+        frame = encode_body(Delta("reg", "a", 1, first, first + 500, 0, entries))
+        talk["b"].receive("a", frame, talk.now)
+        sizes = [len(frame.body) for frame in talk.settle()]
+        assert talk["b"].stats()["reg.bytes"] <= 2 << 20
+        assert not sizes or max(sizes) < 1 << 20
+        assert first or len(sizes) > 3
+    assert len(store(talk, "b").logs[("a", 1)].entries) < 2000
+
+
+def test_an_owner_with_too_long_a_name_is_refused() -> None:
+    talk = Talk([REG])
+    talk["a"].receive(
+        "b", encode_body(Delta("reg", "\U0001f600" * 33, 1, 0, 1, 0, [[b"k", 1, b"v"]])), talk.now
+    )
+    assert view(talk, "a") == {}
+    assert talk["a"].stats()["refused_owners"] == 1
+
+
+def test_questions_that_hostile_vectors_raise_are_bounded() -> None:
+    from mesh.digest import Row
+    from mesh.records import Vector
+
+    talk = Talk([REG])
+    for part in range(4):
+        rows = tuple(Row(f"{part}/{n}", 1, 5, 0) for n in range(3000))
+        talk["a"].receive("b", encode_body(Vector("reg", 2, 0, rows)), talk.now)
+    assert len(talk["a"]._home.links["b"]["reg"].wants) <= 4096
 
 
 def test_malformed_deltas_change_nothing() -> None:
