@@ -108,7 +108,7 @@ async def _run(
         gc.set_threshold(*GC_THRESHOLDS)
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             await anext(signals)
-            services.start_soon(_exit_on_second, signals)
+            await services.start(_exit_on_second, signals)
             grace_s = settings.listening.shutdown_grace_period_secs
             node.log.info("draining", grace_secs=grace_s)
             await drain(node.start_draining, serving, grace_s)
@@ -139,8 +139,11 @@ async def drain(start_draining: Callable[[], None], server: Server, grace_s: flo
         await server.wait_closed()
 
 
-async def _exit_on_second(signals: AsyncIterator[int]) -> None:
+async def _exit_on_second(
+    signals: AsyncIterator[int], *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
     """A second signal ends the process at once (CLI-11)."""
+    task_status.started()  # it waits before a drain that takes no time can close `signals`
     await signals.__anext__()
     os._exit(EXIT_SECOND_SIGNAL)
 

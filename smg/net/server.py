@@ -104,6 +104,8 @@ class Server:
                 exchange.parking.interrupt(ClientGone())
 
     async def wait_closed(self) -> None:
+        for exchange in self._exchanges:
+            exchange.keep_alive = False
         """Waits until every connection is gone; for use after `stop_listening`."""
         while self._exchanges:
             self._all_gone = trio.Event()
