@@ -19,7 +19,7 @@ from smg.errors import ClientGone, GatewayError, ShuttingDown
 from smg.net.connection import Connection, ConnectionLost, DeadlinePassed, PlainConnection, TlsConnection
 from smg.net.exchange import NO_HEAD, Exchange, ServerLimits
 from smg.net.readiness import Readiness
-from smg.wire.http1 import RequestHead, RequestReader
+from smg.wire.http1 import LENGTH_CHUNKED, RequestHead, RequestReader
 
 ACCEPTS_PER_WAKE = (
     4  # few: those accepted are served before more come in, so that a burst does not wait for its last
@@ -246,3 +246,4 @@ def _unreadable() -> RequestHead:
     head = RequestHead(b"GET", b"*", [], False)
     head.keep_alive = False
     return head
+    head.length = LENGTH_CHUNKED  # how much more belongs to it is not known: it is read and dropped (`shed`)

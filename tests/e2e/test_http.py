@@ -622,3 +622,16 @@ async def test_rid_3_an_invalid_id_is_ignored(value):
 async def test_rid_3_an_id_of_128_characters_is_valid():
     async with running_gateway() as gateway:
         assert (await gateway.ask("/health", None, f"x-request-id: {'~' * 128}"))["x-request-id"] == "~" * 128
+
+
+@pytest.mark.parametrize("bad", [b"GET / HTTP/1.1\r\n\r\n", POST + b"content-length: x\r\n\r\n"])
+async def test_http_5_a_refused_client_that_still_sends_is_closed_without_a_reset(bad):
+    """A reset would take the answer out of the client's hands on many systems."""
+    async with running_gateway() as gateway:
+        client = await gateway.connect()
+        await client.send(bad + b"x" * 500_000)
+        assert (await client.read()).status == 400
+        with trio.fail_after(5):
+            while await client.more():
+                pass
+        assert client.has_ended
