@@ -25,6 +25,7 @@ from smg.settings_flag import (
     origin,
     worker_url,
 )
+from smg.settings_mesh import Mesh
 from smg.settings_traffic import Breaker, Health, Limits, LoadPolls, Retries, Routing
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "Limits",
     "Listening",
     "LoadPolls",
+    "Mesh",
     "Prefill",
     "PrefillDecode",
     "Retries",
@@ -343,6 +345,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     telemetry: Telemetry = Telemetry()
     discovery: Discovery = Discovery()
     pd: PrefillDecode = PrefillDecode()
+    mesh: Mesh = Mesh()
 
     def removes_unhealthy_workers(self) -> bool:
         """Whether a failed worker leaves the list (HLT-4): as told, else with discovery."""
@@ -368,6 +371,7 @@ GROUPS: dict[str, type[Group]] = {
     "telemetry": Telemetry,
     "discovery": Discovery,
     "pd": PrefillDecode,
+    "mesh": Mesh,
 }
 """Attribute of `Settings` to its struct, in the order of help and reference."""
 

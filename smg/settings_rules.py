@@ -12,6 +12,9 @@ from itertools import pairwise
 from smg.errors import SettingsError
 from smg.settings import Settings
 
+MESH_SECRET_CHARS_MIN = 16
+"""A shorter secret of the mesh is stretched and works, and is warned of."""
+
 _ANY_ADDRESS = frozenset({"0.0.0.0", "::"})
 
 
@@ -71,12 +74,18 @@ def warnings(settings: Settings) -> list[str]:
         and not auth.jwt_issuer
     ):
         found.append("--tenant-api-key: without an admin key the admin routes are closed to everyone (SEC-4)")
+    if auth.jwt_issuer is not None:
+        found += [
+            f"--control-plane-api-keys: {control.id}: a key with two dots is taken for a token, and opens nothing (SEC-6)"
+            for control in auth.control_keys()
+            if control.key.count(".") == 2
+        ]
     if auth.tenant_header_name != "x-smg-tenant-id" and not auth.trust_tenant_header:
         found.append("--tenant-header-name: has no effect without --trust-tenant-header")
     for flag, url in (("--jwt-issuer", auth.jwt_issuer), ("--jwt-jwks-uri", auth.jwt_jwks_uri)):
         if url is not None and url.startswith("http://"):
             found.append(f"{flag}: {url}: whoever is on the way can replace the keys; use https")
-    return found
+    return found + _mesh_warnings(settings)
 
 
 def _backoff(settings: Settings) -> None:
@@ -110,6 +119,8 @@ def _ports(settings: Settings) -> None:
     listeners.append(("--prometheus-port", settings.metrics_host(), settings.telemetry.prometheus_port))
     if listening.health_check_port is not None:
         listeners.append(("--health-check-port", listening.host, listening.health_check_port))
+    if settings.mesh.ha_mesh:
+        listeners.append(("--mesh-port", settings.mesh.mesh_host, settings.mesh.mesh_port))
     for index, (flag, host, port) in enumerate(listeners):
         for other_flag, other_host, other_port in listeners[:index]:
             if port == other_port and (host == other_host or {host, other_host} & _ANY_ADDRESS):
@@ -201,6 +212,40 @@ def _certificates(settings: Settings) -> None:
             _refuse(flag, path, f"needs {needed}")
 
 
+def _mesh(settings: Settings) -> None:
+    mesh = settings.mesh
+    if mesh.seeds and not mesh.ha_mesh:
+        _refuse("--seeds", mesh.seeds[0], "needs --ha-mesh (FLG-2)")
+    files = {
+        "--mesh-tls-ca-cert": mesh.mesh_tls_ca_cert,
+        "--mesh-tls-cert": mesh.mesh_tls_cert,
+        "--mesh-tls-key": mesh.mesh_tls_key,
+    }
+    missing = [flag for flag, path in files.items() if path is None]
+    if missing and len(missing) < len(files):
+        given = next(flag for flag in files if flag not in missing)
+        _refuse(given, str(files[given]), f"needs {' and '.join(missing)} too")
+    if mesh.mesh_secret is not None and mesh.mesh_keys_file is not None:
+        _refuse("--mesh-keys-file", mesh.mesh_keys_file, "takes the place of --mesh-secret; give one of the two")
+
+
+def _mesh_warnings(settings: Settings) -> list[str]:
+    mesh = settings.mesh
+    if not mesh.ha_mesh:
+        return []
+    found = []
+    secret = mesh.mesh_secret
+    if secret is None and mesh.mesh_keys_file is None and mesh.mesh_tls_cert is None:
+        found.append(
+            "--ha-mesh: without --mesh-secret or mesh TLS whoever reaches the mesh port may join; keys of workers stay here"
+        )
+    if secret is not None and len(secret) < MESH_SECRET_CHARS_MIN:
+        found.append(
+            f"--mesh-secret: shorter than {MESH_SECRET_CHARS_MIN} characters can be guessed; 32 random ones are good"
+        )
+    return found
+
+
 _RULES: tuple[Callable[[Settings], None], ...] = (
     _backoff,
     _queue,
@@ -212,6 +257,7 @@ _RULES: tuple[Callable[[Settings], None], ...] = (
     _keys,
     _tokens,
     _certificates,
+    _mesh,
 )
 
 

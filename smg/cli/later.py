@@ -27,9 +27,7 @@ storage-context-headers max-background-responses
 mcp-config-path model-path model tokenizer-path chat-template disable-tokenizer-autoload tokenizer-cache-enable-l0
 tokenizer-cache-l0-max-entries tokenizer-cache-enable-l1 tokenizer-cache-l1-max-memory reasoning-parser tool-call-parser
 
-ha-mesh enable-mesh seeds mesh-peer-urls mesh-port mesh-host mesh-advertise mesh-advertise-host node-name
-mesh-server-name mesh-tls-ca-cert mesh-tls-cert mesh-tls-key mesh-secret mesh-private-workers mesh-label mesh-keys-file
-owner-placement no-owner-placement mesh-partition-limits
+mesh-partition-limits
 """
 
 _NAMES_ELSEWHERE = """

@@ -56,6 +56,8 @@ max-concurrent-requests -1 | queue-size 100 | queue-timeout-secs 60 | rate-limit
 log-level info | log-dir none | log-json off | prometheus-port 29000 | enable-trace off
 otlp-traces-endpoint localhost:4317 | sse-keepalive-secs 15 | service-discovery off | discovery-file none
 discovery-check-interval-secs 30 | pd-disaggregation off | prefill none | decode none
+ha-mesh off | seeds none | mesh-port 30001 | mesh-host 0.0.0.0 | mesh-secret none | mesh-private-workers off | mesh-label smg
+mesh-keys-file none
 """
 
 CONTRACT_ALIASES = {
@@ -65,6 +67,10 @@ CONTRACT_ALIASES = {
     "cache-threshold": "cache-match-threshold",
     "max-idle-secs": "sticky-key-idle-secs",
     "routing-key-override": "sticky-sessions",
+    "ha-mesh": "enable-mesh",
+    "seeds": "mesh-peer-urls",
+    "mesh-advertise": "mesh-advertise-host",
+    "node-name": "mesh-server-name",
 }
 
 

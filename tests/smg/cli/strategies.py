@@ -19,6 +19,7 @@ from smg.settings_flag import (
     url_path,
     worker_url,
 )
+from smg.settings_mesh import advertised, node_name, seed_list
 
 POLICIES = ("cache_aware", "least_load", "power_of_two", "random", "round_robin")
 """A table of policies for tests that are not about which policies there are."""
@@ -35,6 +36,9 @@ _TEXTS = {
     origin: st.just("*") | st.builds("https://{}".format, _NAMES),
     url_path: _NAMES.map(lambda name: f"/{name}"),
     worker_url: _URLS,
+    seed_list: st.lists(_NAMES, min_size=1, max_size=3).map(",".join),
+    advertised: _NAMES,
+    node_name: _NAMES,
     tenant_key: st.builds("{}:{}".format, _NAMES, _NAMES),
     control_key: st.builds(
         "{}:{}:{}:{}".format, _NAMES, _NAMES, st.sampled_from(["admin", "user"]), _NAMES.map("k:{}".format)

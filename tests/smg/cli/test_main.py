@@ -92,10 +92,14 @@ def test_version_and_help_load_no_engine_and_no_event_loop(flag: str) -> None:
     ("arguments", "code", "line"),
     [
         (["--port", "70000"], 2, "smg: error: --port: '70000': must be between 1 and 65535"),
-        (["launch", "--ha-mesh"], 2, "smg: error: --ha-mesh: not supported by this release"),
+        (
+            ["launch", "--mesh-partition-limits=allow"],
+            2,
+            "smg: error: --mesh-partition-limits: not supported by this release",
+        ),
         (["--service-discovery"], 1, "smg: error: --service-discovery: needs --discovery-file"),
         (["--no-such-flag"], 2, "smg: error: --no-such-flag: unknown flag"),
-        (["mesh", "status"], 2, "smg: error: 'mesh': not supported by this release"),
+        (["route", "explain"], 2, "smg: error: 'route': not supported by this release"),
         (["lanch"], 2, "smg: error: 'lanch': unknown command; did you mean launch?"),
         (["workers", "frob"], 2, "smg: error: VERB: invalid choice"),
         (["doctor", "--prot"], 2, "smg: error: --prot: unknown flag; did you mean --port?"),
