@@ -15,6 +15,8 @@ HEAL_S = 35.0
 QUIET_S = 8.0
 IDLE_BYTES_PER_S = 1_500 + 100 * 10
 """Idle bound per node of up to 10 (mesh.md 4.10: 1.5 KB/s at 3, 3 KB/s at 16), plus re-dials of tombstones."""
+STATE_BYTES_PER_S = 12_000
+"""Replicated state at rest among ten: vectors, and each node's load said again every second."""
 TIMERS_PER_MEMBER = 40
 STEP_S = 0.5
 
@@ -22,8 +24,9 @@ STEP_S = 0.5
 class Checker:
     """All checks of one run. `problems` is empty when all is well."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, has_state: bool = False) -> None:
         self.world = world
+        self.idle_bytes_per_s = IDLE_BYTES_PER_S + (STATE_BYTES_PER_S if has_state else 0)
         self.problems: list[str] = []
         self._ranks: dict[tuple[int, str], tuple[int, bytes, int]] = {}
         self._bytes: dict[int, int] = {}
@@ -81,7 +84,7 @@ class Checker:
             self._check_view(node, names)
             spent_s = world.loop.now - self._quiet_since_s
             sent = world.network.bytes_sent.get(node.host, 0) - self._bytes.get(node.host, 0)
-            if spent_s > 1 and sent / spent_s > IDLE_BYTES_PER_S:
+            if spent_s > 1 and sent / spent_s > self.idle_bytes_per_s:
                 self.say(f"{name} sends {sent / spent_s:.0f} B/s at idle")
         if len(prints) > 1:
             self.say(f"fingerprints differ: {sorted(prints)}")

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from heapq import heappop, heappush
 from random import Random
+from typing import Any
 
 SYN_RETRY_S = 1.0
 DIAL_TIMEOUT_S = 2.0
@@ -91,6 +92,7 @@ class Endpoint:
         "host",
         "is_busy",
         "is_open",
+        "opened_s",
         "other",
         "owner",
         "peer",
@@ -106,7 +108,7 @@ class Endpoint:
         self.frames: deque[tuple[bytes, float]] = deque()
         self.is_busy = False
         self.waiting_since_s = 0.0
-        self.used_s = 0.0
+        self.used_s = self.opened_s = 0.0
         self.peer: tuple[str, bytes] | None = None
 
 
@@ -238,21 +240,30 @@ class Network:
         self.loop.at(now + self.delay_s(), self._deliver, end, data)
 
     def _deliver(self, end: Endpoint, data: bytes) -> None:
+        if end.other.is_open and end.other.peer is None:
+            # the dialler's greeting is not through yet; a stream keeps its order
+            self.loop.at(self.loop.now + 0.0005, self._deliver, end, data)
+            return
         if end.other.is_open and end.other.host not in self.lost_hosts:
             end.other.owner.stream_frame(end.other, data)  # type: ignore[attr-defined]
+        elif end.other.host not in self.lost_hosts and self.can_pass(end.other.host, end.host, False):
+            # RST: nobody has that stream there any more
+            self.loop.at(self.loop.now + self.delay_s(), self._eof, end, False)
         end.waiting_since_s = self.loop.now
         self._attempt(end, RTO_MIN_S)
 
-    def close(self, end: Endpoint, says_so: bool = True) -> None:
-        """Close an end. `says_so`: a FIN (or RST) travels to the other, if the way is open just now."""
+    def close(self, end: Endpoint, says_so: bool = True, bye: bool = False) -> None:
+        """Close an end. `says_so`: a FIN (or RST) travels to the other, if the way is open just now; with `bye`
+        the process said before that it closes on purpose."""
         if not end.is_open:
             return
         end.is_open = False
         other = end.other
         if says_so and other is not end and self.can_pass(end.host, other.host, False):
-            self.loop.at(self.loop.now + self.delay_s(), self._eof, other)
+            self.loop.at(self.loop.now + self.delay_s(), self._eof, other, bye)
 
-    def _eof(self, end: Endpoint) -> None:
+    def _eof(self, end: Endpoint, bye: bool) -> None:
         if end.is_open and end.host not in self.lost_hosts:
             end.is_open = False
-            end.owner.stream_eof(end)  # type: ignore[attr-defined]
+            owner: Any = end.owner
+            (owner.stream_bye if bye else owner.stream_eof)(end)

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
+from mesh.settings import SwimSettings
 from tests.sim.checkers import HEAL_S, QUIET_S, STEP_S, Checker
+from tests.sim.state import Book
 from tests.sim.workload import FAULTS_END_S, RUN_S, Plan, Player, draw, shrink
-from tests.sim.world import Node, ReplicaHook, World
+from tests.sim.world import World
 
 
-def play(plan: Plan, make_replica: Callable[[Node], ReplicaHook] | None = None) -> list[str]:
+def play(plan: Plan, with_state: bool = False, settings: SwimSettings | None = None) -> list[str]:
     """Run a plan for RUN_S virtual seconds. Returns the problems found, empty if none."""
-    return play_world(plan, make_replica)[1]
+    return play_world(plan, with_state, settings)[1]
 
 
 def play_world(
-    plan: Plan, make_replica: Callable[[Node], ReplicaHook] | None = None
+    plan: Plan, with_state: bool = False, settings: SwimSettings | None = None
 ) -> tuple[World, list[str]]:
     """As `play`, and the world as it was at the end."""
-    world = World(plan.seed, make_replica=make_replica)
-    checker = Checker(world)
+    book = Book() if with_state else None
+    world = World(plan.seed, settings, make_replica=book.make if book is not None else None)
+    checker = Checker(world, has_state=with_state)
     player = Player(plan, world)
     player.begin()
     assert RUN_S - QUIET_S >= FAULTS_END_S + HEAL_S
@@ -27,6 +28,8 @@ def play_world(
     while world.loop.now < RUN_S:
         world.run(STEP_S)
         checker.step()
+        if book is not None:
+            book.step(world)
         if not is_over and world.loop.now >= FAULTS_END_S:
             is_over = True
             player.end_faults()
@@ -34,13 +37,17 @@ def play_world(
             is_quiet = True
             checker.begin_quiet()
     checker.end()
+    if book is not None:
+        checker.problems += book.problems(world)
     return world, checker.problems
 
 
-def report(seed: int, problems: list[str]) -> str:
+def report(seed: int, problems: list[str], with_state: bool = False) -> str:
     """What a failed seed prints: how to replay it, and the shortest plan that still fails."""
-    plan = shrink(draw(seed), lambda shorter: bool(play(shorter)))
-    lines = [f"seed {seed} failed; replay: python -m tests.sim --seed {seed}"]
+    plan = shrink(draw(seed), lambda shorter: bool(play(shorter, with_state)))
+    lines = [
+        f"seed {seed} failed; replay: python -m tests.sim --seed {seed}{' --state' if with_state else ''}"
+    ]
     lines += [f"  problem: {problem}" for problem in problems[:8]]
     lines.append(f"  shortest plan ({plan.members} members):")
     lines += [f"    {fault}" for fault in plan.faults]

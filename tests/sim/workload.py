@@ -91,7 +91,8 @@ class Player:
         self.rng = Random(plan.seed * 2)
         self.names = [f"n{number:04d}" for number in range(plan.members)]
         self.clock: dict[str, tuple[float, float]] = {}
-        self.impostors = 0
+        self.impostors: set[str] = set()
+        """Names that were claimed twice: left alone afterwards, or the impostor would become the rightful one."""
 
     def begin(self) -> None:
         """Start all members (the first three are seeds of all) and put the faults on the clock."""
@@ -119,7 +120,8 @@ class Player:
             self.world.start(name, self._seeds(), host, offset_s, drift)
 
     def _alive(self, fault: Fault) -> list[str]:
-        return [name for name in fault.names if name in self.world.nodes and name not in self.world.left]
+        spared = self.world.left | self.impostors
+        return [name for name in fault.names if name in self.world.nodes and name not in spared]
 
     def _later(self, fault: Fault, action: Callable[..., None], *args: object) -> None:
         self.world.loop.at(self.world.loop.now + fault.for_s, action, *args)
@@ -227,8 +229,8 @@ class Player:
     def _impostor(self, fault: Fault) -> None:
         """A second process with a living member's name, on another host: it must stop, the first must stay."""
         for name in self._alive(fault)[:1]:
-            if self.impostors < 2:
-                self.impostors += 1
+            if len(self.impostors) < 2:
+                self.impostors.add(name)
                 first, address = self.world.nodes[name], self.world.names[name]
                 self.world.start(name, self._seeds(), None, self.clock[name][0] + 5.0)
                 self.world.nodes[name], self.world.names[name] = first, address

@@ -34,6 +34,8 @@ FULL_MESH_MAX = 32
 NEIGHBOURS = 4
 MAINTAIN_S = 1.0
 IDLE_CLOSE_S = 10.0
+FRESH_S = 2.0
+"""Two streams of a pair opened within this time were dialled at once; a later one replaces a dead one."""
 INBOX_MAX = 400
 """Datagrams a paused process's socket holds (about 212 KB of kernel memory)."""
 MEMBERSHIP, STATE = b"M", b"S"
@@ -157,7 +159,8 @@ class Node:
             self.replica.member_event(event, now)
         if isinstance(event, MemberUp):
             is_small = self.swim.live_count < FULL_MESH_MAX and self.world.keeps_streams
-            if is_small and self.name < event.record.name:
+            self._rebind(event.record)
+            if is_small and self.name < event.record.name and event.record.name not in self.streams:
                 self.dial(event.record.address, [])
         elif isinstance(event, MemberDown | Left):
             end = self.streams.pop(event.record.name, None)
@@ -238,20 +241,44 @@ class Node:
         """A stream is open (dialled or accepted), and the greeting told who is there."""
         peer: Node = end.other.owner  # type: ignore[assignment]
         end.peer = (peer.name, peer.swim.own.boot)
-        end.used_s = self.world.loop.now
+        end.opened_s = end.used_s = self.world.loop.now
         old = self.streams.get(peer.name)
-        if old is not None and old.is_open and old.peer == end.peer:
+        is_fresh = old is not None and old.is_open and end.opened_s - old.opened_s < FRESH_S
+        member = self.swim.member(peer.name)
+        if (member is not None and member.is_live and member.record.boot != peer.swim.own.boot) or (
+            is_fresh and old is not None and old.peer == end.peer
+        ):
+            # two dialled at once; or another life than the one membership knows: it may carry membership only
             self.extra.append(end)
             return
+        self._bind(end)
+
+    def _bind(self, end: Endpoint) -> None:
+        """This stream is the peer's from now on; an older one is dead or belongs to a former life."""
+        peer: Node = end.other.owner  # type: ignore[assignment]
+        old = self.streams.pop(peer.name, None)
         if old is not None:
             self._stream_gone(old, peer.name)
+            self.world.network.close(old, bye=True)
         self.streams[peer.name] = end
         if self.replica is not None:
             self._run(self.replica.peer_up, peer.name, peer.swim.own)
 
+    def _rebind(self, record: Record) -> None:
+        """Membership knows this life now: if a stream of it is open, state may use it."""
+        life = (record.name, record.boot)
+        bound = self.streams.get(record.name)
+        if bound is not None and bound.peer == life:
+            return
+        for end in self.extra:
+            if end.is_open and end.peer == life:
+                self.extra.remove(end)
+                self._bind(end)
+                return
+
     def _stream_gone(self, end: Endpoint, name: str) -> None:
         if self.replica is not None:
-            self.replica.peer_down(name, self.clock())
+            self._run(self.replica.peer_down, name)
 
     def maintain(self) -> None:
         """Keep streams as an agent does; a large cluster closes what it does not need."""
@@ -285,8 +312,7 @@ class Node:
             if world.loop.now - end.used_s > idle_s:
                 del self.streams[name]
                 self._stream_gone(end, name)
-                world.network.close(end, says_so=False)
-                end.other.owner.stream_bye(end.other)  # type: ignore[attr-defined]
+                world.network.close(end, bye=True)
 
     # -- what arrives
 
@@ -323,7 +349,9 @@ class Node:
         now = self.clock()
         if data[:1] == STATE:
             assert end.peer is not None
-            if self.replica is not None and self.streams.get(end.peer[0]) is end:
+            # each side sends on the stream it opened or saw first: with two between a pair, they may differ
+            kept = self.streams.get(end.peer[0])
+            if self.replica is not None and kept is not None and kept.peer == end.peer:
                 self.replica.receive(end.peer[0], data[1:], now)
                 self.drain()
             return
