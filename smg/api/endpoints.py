@@ -16,7 +16,7 @@ class Endpoint(msgspec.Struct, frozen=True, eq=False):
     `dialect` decides error bodies and stream failure frames: `openai`, `anthropic` or `responses`.
     `id_prefix` is the prefix of generated request ids (RID-2). `is_json` is False for multipart bodies (UP-8).
     `needs_model` is True where a missing `model` is an error (MOD-5). `may_retry` is False when a sent body may not
-    be sent again (RTY-1).
+    be sent again (RTY-1). `takes_token_ids`: the prompt may come as token ids (`api/prompt.py`).
     """
 
     name: str
@@ -28,6 +28,7 @@ class Endpoint(msgspec.Struct, frozen=True, eq=False):
     needs_model: bool = True
     may_retry: bool = True
     is_rerank: bool = False
+    takes_token_ids: bool = False
 
     @property
     def sent_path(self) -> str:
@@ -36,9 +37,9 @@ class Endpoint(msgspec.Struct, frozen=True, eq=False):
 
 
 CHAT = Endpoint("chat", "/v1/chat/completions", id_prefix="chatcmpl-")
-COMPLETIONS = Endpoint("completions", "/v1/completions", id_prefix="cmpl-")
-GENERATE = Endpoint("generate", "/generate", id_prefix="gnt-", needs_model=False)
-EMBEDDINGS = Endpoint("embeddings", "/v1/embeddings")
+COMPLETIONS = Endpoint("completions", "/v1/completions", id_prefix="cmpl-", takes_token_ids=True)
+GENERATE = Endpoint("generate", "/generate", id_prefix="gnt-", needs_model=False, takes_token_ids=True)
+EMBEDDINGS = Endpoint("embeddings", "/v1/embeddings", takes_token_ids=True)
 RERANK_SHORT = Endpoint("rerank", "/rerank", upstream_path="/v1/rerank", needs_model=False, is_rerank=True)
 RERANK = Endpoint("rerank", "/v1/rerank", needs_model=False, is_rerank=True)
 CLASSIFY = Endpoint("classify", "/v1/classify", needs_model=False)

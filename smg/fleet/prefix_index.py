@@ -230,6 +230,10 @@ class PrefixIndex:
                     return position
         return 0
 
+    def is_trunk(self, hashes: Sequence[int], depth: int) -> bool:
+        """Whether the first `depth` blocks end with a trunk block, or are none: `trunk_depth` is `depth` then."""
+        return depth == 0 or hashes[depth - 1] in self._trunk
+
     def trunk(self) -> dict[int, int]:
         """The trunk blocks and their counts of distinct children, for peers (merged by max)."""
         return dict(self._trunk)
@@ -409,13 +413,15 @@ class PrefixIndex:
         """Make a whole chain the most recent of a slot; position of its first new block, None if none was new."""
         used, bit, shards = slot.used, slot.bit, self._shards
         take = used.pop
-        count = len(hashes)
+        position = len(hashes)
         first_new: int | None = None
         first_unheard: int | None = None
         before = len(used)
-        for position in range(count - 1, -1, -1):  # leaf first: parents must be younger than children
-            block = hashes[position]
-            if take(block, None) is None:
+        for block in reversed(hashes):  # leaf first: parents must be younger than children
+            position -= 1
+            parent = take(block, None)
+            if parent is None:
+                parent = hashes[position - 1] if position else ROOT
                 first_new = position
                 shard = shards[block & _SHARD_MASK]
                 mask = shard.get(block)
@@ -424,7 +430,7 @@ class PrefixIndex:
                     first_unheard = position
                 elif not mask & bit:
                     shard[block] = self._shared(mask | bit)
-            used[block] = hashes[position - 1] if position else ROOT
+            used[block] = parent
         if first_new is not None or before > slot.capacity:
             self._grown(slot, before)
             if first_unheard:

@@ -154,7 +154,7 @@ class PrefillModels:
 class TokenLength:
     """Characters of routing text per prompt token of one model (the template's own tokens included)."""
 
-    __slots__ = ("_chars", "_tokens")
+    __slots__ = ("_chars", "_tokens", "chars_per_token")
 
     CHARS_PER_TOKEN = 4.0
     """English text in the vocabularies of today; 1.5 for Chinese, 3 for code. Learned within a few answers."""
@@ -164,11 +164,8 @@ class TokenLength:
     def __init__(self) -> None:
         self._chars = self.CHARS_PER_TOKEN * self._PRIOR_TOKENS
         self._tokens = self._PRIOR_TOKENS
-
-    @property
-    def chars_per_token(self) -> float:
+        self.chars_per_token = self.CHARS_PER_TOKEN
         """The estimate, between 0.25 and 32."""
-        return min(max(self._chars / self._tokens, 0.25), 32.0)
 
     def tokens(self, chars: int) -> int:
         """Expected prompt tokens of a routing text; at least 1."""
@@ -180,6 +177,7 @@ class TokenLength:
             return  # an image, a document: its tokens are not in the text
         self._chars = self._chars * self._KEEP + chars
         self._tokens = self._tokens * self._KEEP + prompt_tokens
+        self.chars_per_token = min(max(self._chars / self._tokens, 0.25), 32.0)
 
 
 class CacheCapacity:
@@ -208,10 +206,13 @@ class CacheCapacity:
         self._since_s: float | None = None
 
     def observe(self, predicted_tokens: int, actual_tokens: int, claimed_tokens: float, now: float) -> bool:
-        """An answer told its cached tokens; whether the capacity changed.
+        """`count` and, when a period is over, `judge`; whether the capacity changed."""
+        return self.count(predicted_tokens, actual_tokens, now) and self.judge(claimed_tokens, now)
 
-        `claimed_tokens` are all that the index claims for this worker now. Only claims can be wrong,
-        so answers with nothing predicted do not count.
+    def count(self, predicted_tokens: int, actual_tokens: int, now: float) -> bool:
+        """An answer told its cached tokens; whether it is time to `judge`.
+
+        Only claims can be wrong, so answers with nothing predicted do not count.
         """
         if predicted_tokens <= 0:
             return False
@@ -220,8 +221,11 @@ class CacheCapacity:
         self._predicted += predicted_tokens
         self._actual += min(actual_tokens, predicted_tokens)
         self._answers += 1
-        if self._answers < self.ANSWERS and now - self._since_s < self.PERIOD_S:
-            return False
+        return self._answers >= self.ANSWERS or now - self._since_s >= self.PERIOD_S
+
+    def judge(self, claimed_tokens: float, now: float) -> bool:
+        """A period is over; whether the capacity changed. `claimed_tokens` are all that the index claims for this
+        worker now."""
         before = self.tokens
         if self._answers >= self.ANSWERS_MIN:
             if self._actual < (1.0 - self.TOLERANCE) * self._predicted:
