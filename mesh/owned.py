@@ -7,7 +7,6 @@ deletions. The exchange between nodes is `owner_maps`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 from mesh.home import Home
@@ -119,4 +118,6 @@ class Owned(OwnerMaps):
 
     def next_housekeeping(self) -> float:
         """End of the first grace, or the next collection."""
-        return min(self._collect_due, min((until for until, _ in self._shadows.values()), default=math.inf))
+        if not self._shadows:
+            return self._collect_due
+        return min(self._collect_due, min(until for until, _ in self._shadows.values()))

@@ -303,7 +303,9 @@ class Replica:
         """When `tick` is due next (not later than now if a change wants to go out at once)."""
         due = self._anti_entropy_due
         for store in self._stores.values():
-            due = min(due, store.deadline())
+            store_due = store.deadline()
+            if store_due < due:
+                due = store_due
         if self._openings:
             due = min(due, min(opening[0] for opening in self._openings.values()))
         return due

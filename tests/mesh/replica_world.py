@@ -91,6 +91,8 @@ class Node:
         self.conf: dict[bytes, bytes] = {}
         self.counted: dict[tuple[str, bytes, int], int] = {}
         self.lost = 0
+        self.due = 0.0
+        """The replica's deadline after the last pump; every call of the replica is followed by one."""
         self.replica = Replica(
             name,
             life,
@@ -287,7 +289,8 @@ class World:
                 for frame in replica.frames_to_send(peer, self.now):
                     self._send(node.name, peer, frame)
             node.drain()
-            if self.now < replica.deadline() and not replica.peers_to_send():
+            node.due = replica.deadline()
+            if self.now < node.due and not replica.peers_to_send():
                 return
         raise AssertionError(f"seed {self.seed}: {node.name} never comes to rest")
 
@@ -312,9 +315,7 @@ class World:
         """Advance virtual time."""
         end = self.now + seconds
         while True:
-            due, name = min(
-                ((n.replica.deadline(), n.name) for n in self.nodes.values()), default=(math.inf, "")
-            )
+            due, name = min(((n.due, n.name) for n in self.nodes.values()), default=(math.inf, ""))
             arrives = self.queue[0][0] if self.queue else math.inf
             when = max(self.now, min(due, arrives))
             if when > end:

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from tests.mesh.replica_world import CONF, LOAD, PREFIX, REG, World
 
-SEEDS = int(os.environ.get("MESH_SEEDS", "160"))
-CHUNK = 20
+SEEDS = int(os.environ.get("MESH_SEEDS", "600"))
+CHUNK = 50
 
 
 def history(seed: int) -> World:
@@ -29,8 +29,8 @@ def history(seed: int) -> World:
         duplicate=0.1 * (seed % 5 == 0),
         reorder=seed % 5 == 0,
     )
-    world.chaos(60)
-    world.settle()
+    world.chaos(50)
+    world.settle(25.0)
     return world
 
 
