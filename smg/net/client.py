@@ -6,7 +6,7 @@ itself. Deadlines are the caller's (`trio.fail_after`); cancellation closes the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from urllib.parse import urlsplit
 
 import msgspec
@@ -50,15 +50,17 @@ class Client:
         headers: Sequence[Header] = (),
         body: bytes = b"",
         bytes_max: int = ANSWER_BYTES_MAX,
+        permits: Callable[[str], bool] | None = None,
     ) -> Fetched:
         """One request, one answer; redirects are not followed.
 
-        Raises `UpstreamError` refused, reset, broken_stream; an answer above `bytes_max` is broken_stream. A kept
-        connection that turns out to be closed is replaced once by a new one.
+        `permits` tells which addresses of this place may be connected to (None: all). Raises `UpstreamError` refused,
+        reset, broken_stream; an answer above `bytes_max` is broken_stream. A kept connection that turns out to be closed is replaced once by a new one.
         """
         parts = urlsplit(url)
         is_tls = parts.scheme == "https"
         origin = self._pool.origin(parts.hostname or "", parts.port or (443 if is_tls else 80), is_tls=is_tls)
+        origin.permits = permits
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         head = _request_head(method, target, parts.netloc.rpartition("@")[2], headers, body)
         parking = self._readiness.open_parking()

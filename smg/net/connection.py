@@ -32,6 +32,11 @@ class Connection(Protocol):
 
     slot: Slot
 
+    @property
+    def is_truncated(self) -> bool:
+        """Whether the input ended without the other side's word that it does (TLS): what ends with it may not be whole."""
+        ...
+
     async def receive(self, parking: Parking) -> bytes:
         """Waits for bytes; b"" at the end of input. Raises `ConnectionLost`, `DeadlinePassed`."""
         ...
@@ -41,7 +46,10 @@ class Connection(Protocol):
         ...
 
     def send_nowait(self, data: bytes) -> int:
-        """Hands bytes to the kernel; how many of `data` it took. Raises `ConnectionLost`."""
+        """Hands bytes to the kernel; how many of `data` it took. Raises `ConnectionLost`.
+
+        Whoever goes on sending on this connection begins with the rest, by `send_nowait` or `send`.
+        """
         ...
 
     async def send(self, parking: Parking, data: bytes | memoryview) -> None:
@@ -73,6 +81,8 @@ class PlainConnection:
     """A TCP connection without TLS."""
 
     __slots__ = ("_readiness", "_recv", "_send", "_sock", "slot")
+
+    is_truncated = False  # plain TCP has no such word
 
     def __init__(self, sock: socket.socket, readiness: Readiness) -> None:
         self._sock = sock
@@ -187,11 +197,23 @@ _LINGER_ZERO = b"\x01\x00\x00\x00\x00\x00\x00\x00"  # struct linger {on=1, secon
 class TlsConnection:
     """TLS over a `PlainConnection`, through memory buffers.
 
-    Handshake first: `await handshake(parking)`. A read may find bytes that are already decrypted, so the slot's
-    flag is set again while any are left.
+    Handshake first: `await handshake(parking)`. A read may leave bytes that the kernel does not report again, so the
+    slot's flag is set while any are here. A send that the kernel did not take whole has encrypted what it was given:
+    it says that it took nothing, and whoever sends the same bytes again goes on where it stopped.
     """
 
-    __slots__ = ("_incoming", "_outgoing", "_plain", "_tls", "slot")
+    __slots__ = (
+        "_incoming",
+        "_is_ended",
+        "_is_established",
+        "_outgoing",
+        "_owed",
+        "_plain",
+        "_tls",
+        "_unsent",
+        "is_truncated",
+        "slot",
+    )
 
     def __init__(
         self,
@@ -207,6 +229,11 @@ class TlsConnection:
         self._tls = context.wrap_bio(
             self._incoming, self._outgoing, server_side=server_side, server_hostname=server_name
         )
+        self._unsent = b""  # ciphertext that the kernel has not taken; goes before all that comes
+        self._owed = 0  # bytes of the caller's next send that are in `_unsent` already
+        self._is_established = False
+        self._is_ended = False  # close_notify is out: OpenSSL neither writes nor reads after it
+        self.is_truncated = False
         self.slot = plain.slot
 
     async def handshake(self, parking: Parking) -> None:
@@ -225,92 +252,149 @@ class TlsConnection:
                 self._drop_outgoing()
                 raise ConnectionLost(f"TLS handshake failed: {error.reason or error}") from None
             await self._flush(parking)
+            self._is_established = True
+            self._note_left()  # the first request may have come with the end of the handshake
             return
 
     async def receive(self, parking: Parking) -> bytes:
-        """See `Connection.receive`."""
-        while True:
-            data = self._read()
-            if data is not None:
-                return data
-            more = await self._plain.receive(parking)
-            if not more:
+        """See `Connection.receive`. After `shutdown_send` what comes is not decrypted any more: it can only be dropped."""
+        if self._is_ended:
+            return await self._plain.receive(parking)
+        while (data := self._read()) is None:
+            if not self._take_in(await self._plain.receive(parking)):
                 return b""
-            self._incoming.write(more)
-
-    def receive_nowait(self) -> bytes | None:
-        """See `Connection.receive_nowait`."""
-        data = self._read()
-        if data is None:
-            more = self._plain.receive_nowait()
-            if more is None:
-                return None
-            if not more:
-                return b""
-            self._incoming.write(more)
-            data = self._read()
-        if data and (self._incoming.pending or self._tls.pending()):
-            self.slot.is_readable = True  # what is already here is not reported by the kernel again
         return data
 
+    def receive_nowait(self) -> bytes | None:
+        """See `Connection.receive_nowait`, and `receive`."""
+        if self._is_ended:
+            return self._plain.receive_nowait()
+        data = self._read()
+        if data is not None:
+            return data
+        more = self._plain.receive_nowait()
+        if more is None:
+            return None
+        return self._read() if self._take_in(more) else b""
+
     def send_nowait(self, data: bytes) -> int:
-        """See `Connection.send_nowait`; takes nothing: TLS records are sent by `send`."""
+        """See `Connection.send_nowait`. After 0 the next send must begin with the same bytes."""
+        owed = self._owed
+        if owed:
+            if not self._push():
+                return 0
+            self._owed = 0
+            return owed
+        if self._unsent and not self._push():
+            return 0
+        view = memoryview(data)[:RECEIVE_BYTES]
+        taken = self._encrypt(view)
+        while taken < len(view):
+            taken += self._encrypt(view[taken:])
+        if self._push():
+            return taken
+        self._owed = taken
         return 0
 
     async def send(self, parking: Parking, data: bytes | memoryview) -> None:
         """See `Connection.send`."""
-        view = memoryview(data)
+        view = memoryview(data)[self._owed :]
+        self._owed = 0
+        await self._flush(parking)
         while view:
-            try:
-                taken = self._tls.write(view[:RECEIVE_BYTES])
-            except ssl.SSLError as error:
-                raise ConnectionLost(f"TLS: {error.reason or error}") from None
-            view = view[taken:]
+            view = view[self._encrypt(view[:RECEIVE_BYTES]) :]
             await self._flush(parking)
 
     def send_gathered_nowait(self, head: bytes, body: bytes) -> int:
-        """Takes nothing, as `send_nowait`."""
-        return 0
+        """As `send_nowait`, of the head alone: records are copies anyway, so the body comes with the rest."""
+        return self.send_nowait(head)
 
     def was_taken(self) -> bool:
         """See `Connection.was_taken`."""
-        return self._plain.was_taken()
+        return not self._unsent and self._plain.was_taken()
 
     def shutdown_send(self) -> None:
         """Sends close_notify as far as the kernel takes it, then shuts down the sending half."""
-        try:
-            self._tls.unwrap()
-        except (ssl.SSLError, ValueError):
-            pass  # unwrap always wants the other side's close_notify; ours is in the buffer now
-        self._drop_outgoing()
+        self._say_goodbye()
         self._plain.shutdown_send()
 
     def close(self) -> None:
-        """See `Connection.close`."""
+        """See `Connection.close`. Says close_notify, so that a body that ends with the connection is seen to be whole."""
+        self._say_goodbye()
         self._plain.close()
 
     def abort(self) -> None:
         """See `Connection.abort`."""
+        self._is_established = False
         self._plain.abort()
 
     def _read(self) -> bytes | None:
+        """Decrypted bytes, b"" after the other side's close_notify, None when more has to come in first."""
         try:
-            return self._tls.read(RECEIVE_BYTES)
+            data = self._tls.read(RECEIVE_BYTES)
         except ssl.SSLWantReadError:
-            return None
+            data = None
         except ssl.SSLZeroReturnError:
             return b""
         except ssl.SSLError as error:
+            self._drop_outgoing()
+            raise ConnectionLost(f"TLS: {error.reason or error}") from None
+        if self._outgoing.pending:
+            self._push()  # the other side asked for something, such as a change of keys
+        if data:
+            self._note_left()
+        return data
+
+    def _take_in(self, data: bytes) -> bool:
+        """Adds what was received; False at the end of input, which came without a close_notify then."""
+        if not data:
+            self.is_truncated = True
+            return False
+        self._incoming.write(data)
+        return True
+
+    def _note_left(self) -> None:
+        if self._incoming.pending or self._tls.pending():
+            self.slot.is_readable = True
+
+    def _encrypt(self, view: memoryview) -> int:
+        try:
+            return self._tls.write(view) if view else 0
+        except ssl.SSLError as error:
             raise ConnectionLost(f"TLS: {error.reason or error}") from None
 
-    async def _flush(self, parking: Parking) -> None:
+    def _push(self) -> bool:
+        """Hands ciphertext to the kernel; whether it took all of it."""
         if self._outgoing.pending:
-            await self._plain.send(parking, self._outgoing.read())
+            self._unsent += self._outgoing.read()
+        unsent = self._unsent
+        if unsent:
+            self._unsent = unsent = unsent[self._plain.send_nowait(unsent) :]
+            if unsent:
+                self.slot.is_writable = False
+        return not unsent
+
+    async def _flush(self, parking: Parking) -> None:
+        if self._unsent or self._outgoing.pending:
+            unsent = self._unsent + self._outgoing.read()
+            self._unsent = b""
+            await self._plain.send(parking, unsent)
+
+    def _say_goodbye(self) -> None:
+        if not self._is_established:
+            return
+        self._is_established = False
+        self._is_ended = True
+        try:
+            self._tls.unwrap()
+        except (ssl.SSLError, ValueError):
+            pass  # it always wants the other side's close_notify; ours is in the buffer now
+        self._drop_outgoing()
 
     def _drop_outgoing(self) -> None:
         """Offers the last records (an alert, close_notify) to the kernel and forgets what it does not take."""
-        if self._outgoing.pending:
-            try:
-                self._plain.send_nowait(self._outgoing.read())
-            except ConnectionLost:
-                pass  # the other side is gone, and so is the need to tell it
+        try:
+            self._push()
+        except ConnectionLost:
+            pass  # the other side is gone, and so is the need to tell it
+        self._unsent = b""

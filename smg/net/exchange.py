@@ -150,6 +150,8 @@ class Exchange:
         length = self.head.length
         if length == 0:
             return b""
+        if length > self.limits.payload_bytes_max:
+            return None  # for `read_body` to refuse
         body = self.reader.take_whole(length)
         if body is not None:
             self._has_body_left = False

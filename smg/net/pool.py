@@ -12,12 +12,14 @@ import os
 import socket
 import ssl
 from collections import deque
+from collections.abc import Callable
 
 import trio
 
 from smg.errors import UpstreamError
 from smg.net.connection import Connection, ConnectionLost, DeadlinePassed, PlainConnection, TlsConnection
 from smg.net.readiness import Parking, Readiness
+from smg.net.tls import worker_context
 from smg.net.upstream import Upstream
 
 RESOLVED_FOR_S = 30.0  # a name is asked again after this; pods and VMs move
@@ -27,7 +29,8 @@ IDLE_PER_ORIGIN_MAX = 1024  # idle connections kept to one worker; more are clos
 class Origin:
     """A place to connect to: host, port, TLS or not. One per worker base URL.
 
-    `connections_max` bounds open connections (None: no bound); requests above it wait in order.
+    `connections_max` bounds open connections (None: no bound); requests above it wait in order. `permits` tells which
+    addresses may be connected to (None: all); it is asked about what is connected to, so no resolver can get around it.
     """
 
     __slots__ = (
@@ -38,6 +41,7 @@ class Origin:
         "idle",
         "is_tls",
         "open_count",
+        "permits",
         "port",
         "waiters",
     )
@@ -49,6 +53,7 @@ class Origin:
         self.port = port
         self.is_tls = is_tls
         self.connections_max = connections_max
+        self.permits: Callable[[str], bool] | None = None
         self.idle: deque[Upstream] = deque()
         self.open_count = 0
         self.waiters: deque[Parking] = deque()
@@ -61,10 +66,11 @@ class Origin:
             return self._addresses
         try:
             found = await trio.socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
             if self._addresses:
                 return self._addresses  # the resolver is ill; the last answer is the best there is
-            raise UpstreamError(UpstreamError.REFUSED, f"name not resolved: {error.strerror}") from None
+            reason = error.strerror if isinstance(error, OSError) else "is no host name"
+            raise UpstreamError(UpstreamError.REFUSED, f"name not resolved: {reason}") from None
         self._addresses = [(entry[0], str(entry[4][0])) for entry in found]
         self._resolved_until_s = trio.current_time() + RESOLVED_FOR_S
         return self._addresses
@@ -103,6 +109,13 @@ class ConnectionPool:
         if connections_max is not None:
             origin.connections_max = connections_max
         return origin
+
+    def use_context(self, context: ssl.SSLContext) -> None:
+        """From now on TLS connections are opened with `context`; idle ones of the old one are closed (SEC-10)."""
+        self._context = context
+        for origin in self._origins.values():
+            while origin.is_tls and origin.idle:
+                self._close(origin, origin.idle.pop())
 
     def forget(self, origin: Origin) -> None:
         """Closes the idle connections of a place that is not used any more."""
@@ -186,6 +199,9 @@ class ConnectionPool:
             addresses = await parking.run(origin.resolve)
             last = "connect timed out"
             for family, address in addresses or ():
+                if origin.permits is not None and not origin.permits(address):
+                    last = "the address is not permitted"
+                    continue
                 try:
                     connection = await self._connect_to(family, address, origin, parking)
                 except ConnectionLost as error:
@@ -244,8 +260,11 @@ class ConnectionPool:
 
     async def _encrypt(self, plain: PlainConnection, origin: Origin, parking: Parking) -> TlsConnection:
         if self._context is None:
-            self._context = ssl.create_default_context()
-        connection = TlsConnection(plain, self._context, server_side=False, server_name=origin.host)
+            self._context = worker_context()
+        try:
+            connection = TlsConnection(plain, self._context, server_side=False, server_name=origin.host)
+        except ValueError as error:
+            raise ConnectionLost(f"no name to verify: {error}") from None
         await connection.handshake(parking)
         return connection
 

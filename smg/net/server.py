@@ -91,9 +91,21 @@ class Server:
                 for listener in listeners:
                     listener.close()
 
+    def use_tls(self, context: ssl.SSLContext) -> None:
+        """From now on connections are accepted with `context`; those that are open go on (SEC-10)."""
+        assert self._tls is not None, "a plain port does not turn into a TLS one"
+        self._tls = context
+
+    def forget_heads(self) -> None:
+        """Keys have changed: no connection goes on with what its last head was allowed."""
+        for exchange in self._exchanges:
+            exchange.reader.forget_head()
+
     def start_draining(self) -> None:
         """From now on answers carry `Connection: close` (LIFE-6); listeners stay open."""
         self._is_draining = True
+        for exchange in self._exchanges:
+            exchange.keep_alive = False
 
     def stop_listening(self) -> None:
         """Closes the listeners and the connections that serve nothing; running requests go on (LIFE-5)."""
@@ -104,8 +116,6 @@ class Server:
                 exchange.parking.interrupt(ClientGone())
 
     async def wait_closed(self) -> None:
-        for exchange in self._exchanges:
-            exchange.keep_alive = False
         """Waits until every connection is gone; for use after `stop_listening`."""
         while self._exchanges:
             self._all_gone = trio.Event()
@@ -245,5 +255,5 @@ def _unreadable() -> RequestHead:
     """Stands for a head that could not be parsed, so that the refusal has a request to belong to."""
     head = RequestHead(b"GET", b"*", [], False)
     head.keep_alive = False
-    return head
     head.length = LENGTH_CHUNKED  # how much more belongs to it is not known: it is read and dropped (`shed`)
+    return head

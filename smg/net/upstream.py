@@ -145,7 +145,7 @@ class Upstream:
                 raise UpstreamError(UpstreamError.RESET, "answer head is too large", was_sent=True)
         elif data is None:
             return
-        elif self.is_head_done and self._reads_until_close():
+        elif self.is_head_done and self._reads_until_close() and not self.connection.is_truncated:
             self.is_complete = True
             self.may_be_reused = False
         else:

@@ -44,8 +44,9 @@ class RequestHead:
     `length` is the body's length in bytes, 0 without a body, `LENGTH_CHUNKED` for a chunked one.
 
     A head that repeats on its connection is the same object again, with the new `length`. What callers worked out from
-    the rest of it they may keep with it: `endpoint` (whatever the router found) and `worker_lines` (header lines for
-    the worker, by the worker's own key).
+    the rest of it they may keep with it: `endpoint` (whatever the router found), `principal` (whose key it brings),
+    `tenant` (who pays) and `worker_lines` (header lines for the worker, by the worker's own key). None of these may
+    outlive a change of keys: `RequestReader.forget_head`.
     """
 
     __slots__ = (
@@ -57,7 +58,9 @@ class RequestHead:
         "keep_alive",
         "length",
         "method",
+        "principal",
         "target",
+        "tenant",
         "worker_lines",
     )
 
@@ -73,6 +76,8 @@ class RequestHead:
         self.keep_alive = not is_http10
         self.expects_continue = False
         self.endpoint: object = None
+        self.principal: object = None
+        self.tenant: str | None = None
         self.worker_lines: dict[bytes | None, bytes] = {}
 
 
@@ -129,6 +134,10 @@ class RequestReader:
     def feed(self, data: bytes) -> None:
         """Adds received bytes."""
         self._input = self._input + data if self._input else data
+
+    def forget_head(self) -> None:
+        """The next head is parsed anew, so that nothing of what was worked out from the last one is used again."""
+        self._before = b""
 
     def take_input(self, bytes_max: int) -> bytes:
         """Takes up to `bytes_max` waiting bytes: a body that came together with its head."""
