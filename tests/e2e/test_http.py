@@ -285,6 +285,9 @@ async def test_http_8_a_declared_body_above_the_limit_is_refused_before_it_is_re
         assert answer.is_error(413, "request_body_too_large") and answer["connection"] == "close"
         exact = await gateway.ask(CHAT, body=b" " * (1000 - len(BODY)) + BODY)
         assert exact.status == 200
+        together = await gateway.ask(CHAT, body=b" " * (1001 - len(BODY)) + BODY)
+        assert together.is_error(413, "request_body_too_large")
+        assert len(worker.turns) == 1
 
 
 @pytest.mark.parametrize("size", [900_000, 30_000_000])
