@@ -10,6 +10,7 @@ rings of all origins and passes on what is new to it.
 from __future__ import annotations
 
 import math
+
 from mesh.digest import Row, Source, sealed_fingerprint
 from mesh.errors import BoundError, DecodeError
 from mesh.frames import FRAME_BYTES_MAX, Frame
@@ -273,7 +274,7 @@ class DeltaStreams:
             _, frame, upto = self._encoded
         else:
             items = [
-                item if type(item) is bytes else with_tail([item[0]], item[1])
+                item if isinstance(item, bytes) else with_tail([item[0]], item[1])
                 for item in log.after(since, DELTA_BYTES_MAX)
             ]
             upto = since + len(items)
@@ -356,7 +357,7 @@ class DeltaStreams:
                 before = log.bytes
                 log.append(item, is_kept=False)
                 self.bytes += log.bytes - before
-            payload = item if type(item) is bytes else item[0]
+            payload = item if isinstance(item, bytes) else item[0]
             self.home.tell(Appended(self.name, log.owner, log.have, payload))
         link.set_cursor_at_least(source, delta.upto)
         if log.have > had and self.home.is_relay:

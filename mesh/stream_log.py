@@ -36,7 +36,7 @@ class StreamLog:
     @staticmethod
     def item_bytes(item: Item) -> int:
         """What an item counts."""
-        if type(item) is bytes:
+        if isinstance(item, bytes):
             return ITEM_BYTES + len(item)
         return 3 * ITEM_BYTES + len(item[0]) + len(item[1])
 
