@@ -66,6 +66,10 @@ class BlockHasher:
         """
         return chain(text, self.settings.block_bytes, seed)
 
+    def token_seed(self, seed: int) -> int:
+        """Where chains of token ids start, given the seed of their model."""
+        return seed ^ _TOKENS
+
     def token_blocks(self, token_ids: Sequence[int], seed: int) -> list[int]:
         """The chained hashes of full blocks of token ids; they never equal a text's.
 
@@ -76,7 +80,7 @@ class BlockHasher:
             tokens = array("I", token_ids[: PROMPT_BLOCKS_MAX * size])
         except (OverflowError, TypeError):
             return []
-        return chain(tokens.tobytes(), size * tokens.itemsize, seed ^ _TOKENS)
+        return chain(tokens.tobytes(), size * tokens.itemsize, self.token_seed(seed))
 
 
 def chain(text: str | bytes, block_bytes: int, seed: int) -> list[int]:

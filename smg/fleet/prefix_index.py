@@ -350,6 +350,14 @@ class PrefixIndex:
             fresh.stored = self._open(worker_id, capacity)
             fresh.bits |= fresh.stored.bit
 
+    def unlearn(self, worker_id: str) -> None:
+        """What the engine told may not be true any more; what was placed stays what it is, a guess."""
+        holdings = self._workers.get(worker_id)
+        if holdings is not None and holdings.stored is not None:
+            holdings.bits &= ~holdings.stored.bit
+            self._bury(holdings.stored)
+            holdings.stored = None
+
     def age(self, worker_id: str) -> None:
         """Let placements fade on a worker whose engine tells what it stored.
 
