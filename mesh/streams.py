@@ -37,6 +37,9 @@ LARGER_DIALS_AFTER = 3
 ERRORS_MAX = 512
 """Addresses whose last error is remembered."""
 TRIMMED_PER_ROUND = 4
+"""Streams closed per round of maintenance because there are too many: slowly, so that relaying never breaks."""
+STRANGER_LOG_S = 10.0
+"""Who could not greet us is logged once per so long, with the count."""
 
 
 class Owner(Ears, Protocol):
@@ -132,6 +135,7 @@ class Streams:
         self._greeting: dict[int, trio.CancelScope] = {}
         self._greeting_count = 0
         self._is_large = False
+        self._stranger_logged_s = float("-inf")
         self._jobs, self._jobs_in = trio.open_memory_channel[_Dial | str](DIALS_MAX)
         self.errors: dict[Address, str] = {}
         """What went wrong last with a stream to this address."""
@@ -255,6 +259,11 @@ class Streams:
                 self._dial(member.address).is_kept = True
         for pipe in dialled[wanted:][:TRIMMED_PER_ROUND]:
             self._bid_goodbye(pipe, IDLE)
+        # A seed was dialled by everyone while they knew nobody else: it sends the surplus to other neighbours.
+        accepted = [pipe for pipe in pipes if not pipe.is_dialer and pipe.is_kept]
+        surplus = len(accepted) - self._settings.neighbours
+        for pipe in self._rng.sample(accepted, max(0, min(surplus, TRIMMED_PER_ROUND))):
+            self._bid_goodbye(pipe, BUSY)
         for pipe in pipes:
             idle_s = now - max(pipe.sent_s, pipe.received_s)
             if not pipe.is_kept and pipe.is_dialer and idle_s > self._settings.errand_s:
@@ -486,14 +495,21 @@ class Streams:
         except EchoError:
             pass
         except (WeatherError, DecodeError, SealError) as error:
-            self._count("strangers")
-            self._note_error((raw.peer_address[0], 0), str(error))
+            self._note_stranger(raw.peer_address[0], str(error))
         finally:
             self._greeting.pop(number, None)
             if pipe is None:
                 await raw.aclose()
         if pipe is not None:
             await self._live(pipe, None)
+
+    def _note_stranger(self, host: str, error: str) -> None:
+        """Counted always, logged seldom: strangers may be many."""
+        self._count("strangers")
+        now = trio.current_time()
+        if now - self._stranger_logged_s >= STRANGER_LOG_S:
+            self._stranger_logged_s = now
+            self._owner.log("stranger", host=host, error=error, so_far=self.counts["strangers"])
 
     async def _let_in(self, raw: ByteStream) -> Pipe | None:
         pipe = self._pipe(raw, self._entropy(SALT_BYTES), False)
@@ -528,7 +544,7 @@ class Streams:
                 return Refused(DUPLICATE, "", own.name, own.boot)
         if self._is_large and hello.is_kept:
             kept = sum(1 for pipe in self._bound.values() if not pipe.is_dialer)
-            if kept >= 2 * self._settings.neighbours:
+            if kept >= self._settings.neighbours:
                 return Refused(BUSY, "enough neighbours", own.name, own.boot)
         return None
 
