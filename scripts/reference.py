@@ -89,7 +89,9 @@ def _accepted(field: object) -> str:
         words.append(f"in {flag.unit}")
     bounds = ((flag.at_least, "from"), (flag.above, "above"), (flag.at_most, "to"))
     words += [f"{word} {bound:g}" for bound, word in bounds if bound is not None]
-    return "secret" if flag.is_secret else " ".join(words)
+    if flag.is_secret:
+        return "list of: secret" if field.is_list else "secret"
+    return " ".join(words)
 
 
 def main() -> int:

@@ -218,6 +218,21 @@ def read_secret(text: str, source: str) -> str:
     return secret
 
 
+class Given(msgspec.Struct, frozen=True):
+    """What a node was started with, kept so that its secret files can be read again (hot reload)."""
+
+    arguments: tuple[str, ...]
+    environment: Mapping[str, str]
+
+    def settings(self) -> Settings:
+        """As `parse`: the settings that it means now. Raises SettingsError."""
+        return parse(self.arguments, self.environment)
+
+    def secret_files(self) -> tuple[str, ...]:
+        """See `secret_files`."""
+        return secret_files(self.arguments, self.environment)
+
+
 def secret_files(arguments: Sequence[str], environment: Mapping[str, str]) -> tuple[str, ...]:
     """The files that these arguments and this environment take secrets from, in the order of the settings.
 

@@ -71,7 +71,7 @@ def _command(arguments: list[str]) -> int:
 def _launch(arguments: list[str], prog: str) -> int:
     import os
 
-    from smg.cli.flags import launch_parser, parse
+    from smg.cli.flags import Given, launch_parser, parse
 
     if any(word in ("-h", "--help") for word in arguments):
         parser = launch_parser(prog)
@@ -87,7 +87,7 @@ def _launch(arguments: list[str], prog: str) -> int:
 
     from smg.cli.serve import serve
 
-    return trio.run(serve, settings)
+    return trio.run(serve, settings, Given(tuple(arguments), dict(os.environ)))
 
 
 def _run_module(word: str, arguments: list[str]) -> int:

@@ -7,7 +7,9 @@ Owns which object is given to which (house law 4: dependencies enter by construc
 from __future__ import annotations
 
 import os
+import ssl
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+from functools import partial
 from random import Random
 
 import trio
@@ -15,7 +17,12 @@ import trio
 from smg import __version__
 from smg.backends.http_worker import HttpWorkers
 from smg.backends.prefill_decode import PrefillDecode
-from smg.errors import GatewayError
+from smg.cli.access import Access
+from smg.cli.flags import Given
+from smg.discovery import sources_of
+from smg.discovery.file import BrokenFile, File, parse
+from smg.discovery.static import specs_of
+from smg.errors import GatewayError, SettingsError
 from smg.fleet.block_hashes import BlockHasher, BlockSettings
 from smg.fleet.breaker import Breaker, BreakerRules
 from smg.fleet.health import Health, HealthRules
@@ -30,7 +37,7 @@ from smg.gateway.app import App
 from smg.gateway.dispatch import Dispatch
 from smg.gateway.explain import Explain
 from smg.gateway.fan_out import FanOut
-from smg.gateway.gates import Cors, Gates
+from smg.gateway.gates import Cors
 from smg.gateway.generate import Generate, Runner
 from smg.gateway.mesh_api import NoMesh
 from smg.gateway.models import Models
@@ -53,6 +60,8 @@ from smg.policies.routing_table import PolicyTable
 from smg.services.drain import Drains
 from smg.services.health_probes import HealthProbes
 from smg.services.load_reports import LoadReports
+from smg.services.reload import Change as Reloaded
+from smg.services.reload import Part, Reload
 from smg.services.rosters import Rosters
 from smg.services.worker_jobs import WorkerJobs
 from smg.settings import Settings
@@ -67,22 +76,32 @@ Service = Callable[..., Awaitable[None]]
 
 
 class Node:
-    """One gateway node, built and not yet running."""
+    """One gateway node, built and not yet running.
 
-    def __init__(self, settings: Settings, readiness: Readiness, rng: Random) -> None:
+    `given` is what it was started with; without it no secret is read again (hot reload). `sources` are to be run by
+    whoever runs the node. Raises `SettingsError` when a certificate cannot be used.
+    """
+
+    def __init__(
+        self, settings: Settings, readiness: Readiness, rng: Random, given: Given | None = None
+    ) -> None:
         self._settings = settings
         self._readiness = readiness
         self._rng = rng
+        self._worker_key = settings.workers.worker_api_key
         # Choices have a random state of their own: `explain` copies it to tell the next choice (EXP-3).
         self._choice_rng = Random(rng.getrandbits(128))
         self.log = logs.logger("smg")
         self.metrics = Metrics(settings.telemetry.prometheus_duration_buckets)
         self._is_draining = False
         self.registry = _registry(settings)
+        self._access = Access(settings, readiness)
+        self._server_context = self._access.server_context()
         self._pool = ConnectionPool(
             readiness,
             idle_timeout_s=settings.workers.upstream_pool_idle_timeout_secs,
             connect_timeout_s=settings.retries.connect_timeout_secs,
+            context=self._access.worker_context(),
         )
         client = Client(readiness, self._pool)
         self._probes_service = HealthProbes(
@@ -113,7 +132,6 @@ class Node:
         self._hasher = BlockHasher(BlockSettings(cluster_seed=rng.getrandbits(64)))
         self._fits = PrefillModels()
         self._policies = PolicyTable(settings.routing, self.registry, self._make_policy)
-        self._gates = Gates(settings.auth.api_key)
         origins = settings.listening.cors_allowed_origins
         self._cors = Cors(origins) if origins else None
         self._admission = admission_of(settings.limits, os.cpu_count() or 1, trio.current_time())
@@ -121,13 +139,15 @@ class Node:
         self._sender = _span_sender(settings)
         self._tracer = None if self._sender is None else Tracer(self.metrics, self._sender, rng)
         backend = HttpWorkers if self._tracer is None else TracedWorkers
-        self._workers = backend(self._pool, self._gates.is_secret)
+        self._workers = backend(self._pool, self._access.gates.is_secret)
         self.registry.subscribe(self._changed)
         self._probes = Probes(
             self.registry, lambda: self._is_draining, needs_pair=settings.pd.pd_disaggregation
         )
         self._app = self._make_app(client)
         self._serving: Server | None = None
+        self.sources = sources_of(settings)
+        self.reload = self._make_reload(given)
         self.metrics.add_source(self._samples)
 
     def start_draining(self) -> None:
@@ -144,6 +164,9 @@ class Node:
             yield self._reports.run
         if self._tracer is not None:
             yield self._tracer.run
+        if self._access.key_sets is not None:
+            yield self._access.key_sets.run
+        yield self.reload.run
 
     def close(self) -> None:
         """Ends what is not a task and not a socket of ours: the exporter, once all services have ended."""
@@ -154,7 +177,14 @@ class Node:
         """The serving port."""
         app = self._app
         handle = app.handle if self._tracer is None else Tracing(app.handle, self._tracer).handle
-        self._serving = Server(handle, app.refuse, app.report, self._readiness, _limits(self._settings))
+        self._serving = Server(
+            handle,
+            app.refuse,
+            app.report,
+            self._readiness,
+            _limits(self._settings),
+            tls=self._server_context,
+        )
         return self._serving
 
     def metrics_server(self) -> Server:
@@ -207,13 +237,60 @@ class Node:
         return App(
             generate,
             self._endpoints(client),
-            self._gates,
+            self._access.gates,
             self._cors,
             self.metrics,
             logs.logger("smg.gateway"),
             self._rng,
             id_headers=settings.telemetry.request_id_headers,
+            audit=self._access.audit,
         )
+
+    def _make_reload(self, given: Given | None) -> Reload:
+        """The parts that are read again; whoever adds a room with a file adds its part here."""
+        reload = Reload(log=logs.logger("smg.reload"))
+        for part in self._access.parts(
+            given,
+            use_server_context=self._use_server_context,
+            use_worker_context=self._pool.use_context,
+            forget_heads=self._forget_heads,
+            use_worker_key=self._use_worker_key,
+        ):
+            reload.add(part)
+        path = self._settings.discovery.discovery_file
+        if path is not None:
+            # The source watches its file itself; this part is for SIGHUP, which refuses a broken one with all the rest.
+            reload.add(Part("discovery file", (), partial(self._prepare_discovery, path)))
+        return reload
+
+    def _use_server_context(self, context: ssl.SSLContext) -> None:
+        self._server_context = context
+        if self._serving is not None:
+            self._serving.use_tls(context)
+
+    def _forget_heads(self) -> None:
+        if self._serving is not None:
+            self._serving.forget_heads()
+
+    def _use_worker_key(self, settings: Settings) -> None:
+        """A key for workers was replaced: those without a key of their own get it (FLG-4)."""
+        self._worker_key = settings.workers.worker_api_key
+        self.rosters.report("flags", specs_of(settings))
+        self._look_again()
+
+    def _look_again(self) -> None:
+        for source in self.sources:
+            if isinstance(source, File):
+                source.look_again(self._worker_key)
+
+    def _prepare_discovery(self, path: str) -> Reloaded:
+        with open(path, "rb") as file:
+            text = file.read()
+        try:
+            parse(text)
+        except BrokenFile as error:
+            raise SettingsError("--discovery-file", repr(path), str(error), is_combination=True) from None
+        return Reloaded((), self._look_again)
 
     def _endpoints(self, client: Client) -> Mapping[str, PlainHandler]:
         settings = self._settings

@@ -17,12 +17,13 @@ from random import Random
 import trio
 
 from smg import __version__
+from smg.cli.flags import Given
 from smg.cli.node import Node
-from smg.discovery import sources_of
 from smg.errors import SettingsError
 from smg.net.listen import listen
 from smg.net.readiness import Readiness
 from smg.net.server import Server
+from smg.services.reload import Reload
 from smg.settings import Settings
 from smg.settings_rules import warnings
 from smg.telemetry import log as logs
@@ -35,10 +36,11 @@ EXIT_SECOND_SIGNAL = 130
 GC_THRESHOLDS = (10_000, 20, 100)
 
 
-async def serve(settings: Settings) -> int:
+async def serve(settings: Settings, given: Given | None = None) -> int:
     """Runs a node until it is told to stop; the process's exit code (CLI-6, CLI-9, CLI-11).
 
-    Raises `SettingsError` before anything serves when a port cannot be bound or a file cannot be used.
+    `given` is what the settings were read from, for SIGHUP and files that change. Raises `SettingsError` before anything
+    serves when a port cannot be bound or a file cannot be used.
     """
     _raise_file_limit()
     telemetry = settings.telemetry
@@ -46,7 +48,7 @@ async def serve(settings: Settings) -> int:
     listeners = _Listeners(settings)
     try:
         readiness = Readiness()
-        node = Node(settings, readiness, Random(os.urandom(16)))
+        node = Node(settings, readiness, Random(os.urandom(16)), given)
         for warning in warnings(settings):
             node.log.warn(warning)
         try:
@@ -102,7 +104,8 @@ async def _run(
         await _start_services(services, node, settings)
         address = listeners.serving[0].getsockname()
         shown = f"[{address[0]}]" if ":" in address[0] else address[0]
-        node.log.info(f"smg listening on http://{shown}:{address[1]}", version=__version__)
+        scheme = "http" if settings.tls.tls_cert_path is None else "https"
+        node.log.info(f"smg listening on {scheme}://{shown}:{address[1]}", version=__version__)
         gc.collect()
         gc.freeze()
         gc.set_threshold(*GC_THRESHOLDS)
@@ -120,7 +123,8 @@ async def _start_services(services: trio.Nursery, node: Node, settings: Settings
     for run in node.services():
         await services.start(run)
     services.start_soon(watch_loop_delay, node.metrics)
-    for source in sources_of(settings):
+    services.start_soon(_reload_on_hangup, node.reload)
+    for source in node.sources:
         await services.start(source.run, node.rosters.reporter(source.name))
 
 
@@ -137,6 +141,13 @@ async def drain(start_draining: Callable[[], None], server: Server, grace_s: flo
     server.cut_off()
     with trio.move_on_after(LAST_WORDS_S):
         await server.wait_closed()
+
+
+async def _reload_on_hangup(reload: Reload) -> None:
+    """SIGHUP reloads whatever can be reloaded."""
+    with trio.open_signal_receiver(signal.SIGHUP) as signals:
+        async for _ in signals:
+            reload.ask()
 
 
 async def _exit_on_second(

@@ -86,6 +86,13 @@ class File:
         self._log = log if log is not None else _log
         self._seen: _Identity | None = None
         self._complaint = ""
+        self._again = trio.Event()
+
+    def look_again(self, default_api_key: str | None) -> None:
+        """Reads the file anew at once, changed or not, with this key for workers without one (FLG-4). Does not wait."""
+        self._default_api_key = default_api_key
+        self._seen = None
+        self._again.set()
 
     async def run(
         self, report: Report, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
@@ -94,7 +101,9 @@ class File:
         await self._look(report)
         task_status.started()
         while True:
-            await trio.sleep(self._interval_s)
+            with trio.move_on_after(self._interval_s):
+                await self._again.wait()
+            self._again = trio.Event()
             await self._look(report)
 
     async def _look(self, report: Report) -> None:

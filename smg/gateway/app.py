@@ -14,12 +14,14 @@ import trio
 from smg.api.endpoints import ENDPOINTS, Endpoint
 from smg.errors import ClientGone, GatewayError
 from smg.gateway import problem, routes
-from smg.gateway.gates import SERVING, Cors, Gates
+from smg.gateway.audit import Audit
+from smg.gateway.gates import ADMIN, SERVING, Cors, Gates, authorise
 from smg.gateway.generate import Generate
 from smg.net.exchange import Exchange
 from smg.net.plain import PlainHandler, Request, answer
 from smg.telemetry.log import Logger
 from smg.telemetry.metrics import Metrics
+from smg.tenancy.keys import Principal
 from smg.wire.headers import new_request_id, split_target
 from smg.wire.headers import request_id as given_request_id
 
@@ -28,7 +30,7 @@ class App:
     """The gateway's handler for `net.Server`.
 
     `endpoints` maps the endpoint names of `gateway/routes.py` to plain handlers. `id_headers` are the names of
-    `--request-id-headers` (RID-1).
+    `--request-id-headers` (RID-1). `audit` is told of every admin call (SEC-8).
     """
 
     def __init__(
@@ -42,10 +44,12 @@ class App:
         rng: Random,
         *,
         id_headers: Sequence[str],
+        audit: Audit | None = None,
     ) -> None:
         self._generate = generate
         self._endpoints = endpoints
         self._gates = gates
+        self._audit = audit
         self._cors = cors
         self._metrics = metrics
         self._log = log
@@ -107,27 +111,31 @@ class App:
         )
 
     async def _infer(self, exchange: Exchange, endpoint: Endpoint, query: bytes) -> None:
-        gates = self._gates
-        if not gates.is_serving_open:
+        head = exchange.head
+        if head.principal is None and not self._gates.is_serving_open:
             try:
-                gates.check(SERVING, exchange.head.headers)
+                head.principal = self._gates.serving(head.headers, query)
             except GatewayError as error:
                 self._metrics.http_series("POST", endpoint.path).finished(
                     error.status, error.code, trio.current_time() - exchange.started_s
                 )
                 raise
+            if self._cors is None and not query and head.fields.keys().isdisjoint(self._id_headers):
+                # Until the keys change (`Server.forget_heads`) a head that repeats needs nothing but a new id.
+                head.endpoint = endpoint
         await self._generate.serve(exchange, endpoint, query)
 
     async def _serve_other(self, exchange: Exchange, path: str, query: str) -> None:
         template = routes.UNKNOWN_TEMPLATE
         method = _method(exchange)
         status, code = 500, "internal_error"
+        is_admin, principal, fault = False, None, None
         try:
             found = routes.find(path)
             # OPTIONS on a known path needs no key: browsers send none with a preflight (SEC-9).
             if found is None or (method not in found[0].methods and method != "OPTIONS"):
-                if routes.is_admin_path(path):
-                    self._gates.admin(exchange.head.headers)
+                if is_admin := routes.is_admin_path(path):
+                    principal = await self._administrator(exchange)
                 if found is None:
                     raise problem.unknown_url(method, path)
             route, parameters = found
@@ -136,7 +144,11 @@ class App:
                 status, code = await self._other_method(exchange, method, path, route), ""
                 return
             name, gate = route.methods[method]
-            self._gates.check(gate, exchange.head.headers)
+            if is_admin := gate == ADMIN:
+                principal = await self._administrator(exchange)
+                authorise(principal, method)
+            elif gate == SERVING:
+                self._gates.serving(exchange.head.headers, query.encode("latin-1"))
             if name == routes.NOT_IMPLEMENTED:
                 raise problem.not_implemented(template)
             response = await exchange.parking.run(
@@ -147,7 +159,7 @@ class App:
             status, code = response.status, dict(response.headers).get("x-smg-error-code", "")
             await answer(exchange, response)
         except GatewayError as error:
-            status, code = error.status, error.code
+            status, code, fault = error.status, error.code, error
             raise
         except ClientGone:
             status, code = 499, "client_gone"
@@ -156,6 +168,16 @@ class App:
             self._metrics.http_series(method, template).finished(
                 status, code, trio.current_time() - exchange.started_s
             )
+            if is_admin and self._audit is not None:
+                self._audit.called(exchange, principal, method, path, status, fault)
+
+    async def _administrator(self, exchange: Exchange) -> Principal:
+        """Who calls an admin route; raises what `Gates.admin` does, and `ClientGone`."""
+        gates = self._gates
+        principal: Principal | None = await exchange.parking.run(gates.admin, exchange.head.headers)
+        if principal is None:
+            raise ClientGone
+        return principal
 
     async def _other_method(self, exchange: Exchange, method: str, path: str, route: routes.Route) -> int:
         """OPTIONS gives 204 with `Allow` or a preflight's 200 (HTTP-9, SEC-9); anything else is 405 (HTTP-10)."""

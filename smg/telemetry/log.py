@@ -87,6 +87,10 @@ class Logger:
         if self._log.threshold <= INFO:
             self._log.write(INFO, self.target, message, fields)
 
+    def always(self, message: str, /, **fields: object) -> None:
+        """A line that no level keeps back: an audit with holes is none (SEC-8)."""
+        self._log.write(INFO, self.target, message, fields)
+
     def warn(self, message: str, /, **fields: object) -> None:
         """Something is wrong and smg goes on."""
         if self._log.threshold <= WARN:

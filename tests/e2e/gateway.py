@@ -16,10 +16,9 @@ from typing import Any
 
 import trio
 
-from smg.cli.flags import parse
+from smg.cli.flags import Given
 from smg.cli.node import Node
 from smg.cli.serve import drain
-from smg.discovery import sources_of
 from smg.net.readiness import Readiness
 from smg.net.server import Server
 from smg.settings import Settings
@@ -341,9 +340,10 @@ async def running_gateway(
 ) -> AsyncIterator[Gateway]:
     """A node with these flags and workers; `ready`: waits until all workers are and their models are known."""
     urls = ["--worker-urls", *(worker.url for worker in workers)] if workers else []
-    settings = parse([*flags, *urls], {})
+    given = Given((*flags, *urls), {})
+    settings = given.settings()
     readiness = Readiness()
-    node = Node(settings, readiness, Random(seed))
+    node = Node(settings, readiness, Random(seed), given)
     sockets = [socket.create_server(("127.0.0.1", 0), backlog=4096) for _ in range(3)]
     for sock in sockets:
         sock.setblocking(False)
@@ -358,7 +358,7 @@ async def running_gateway(
         await nursery.start(node.probe_server().serve, sockets[2:])
         for run in node.services():
             await nursery.start(run)
-        for source in sources_of(settings):
+        for source in node.sources:
             await nursery.start(source.run, node.rosters.reporter(source.name))
         if ready:
             await eventually(lambda: gateway.ready_count == len(workers))

@@ -11,6 +11,7 @@ import pytest
 
 from smg import __version__
 from smg.cli import main as main_module
+from smg.cli.flags import Given
 from smg.cli.main import available_commands, main
 from smg.settings import Settings
 
@@ -20,7 +21,8 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Settings]]:
     """The settings that reached the composition root, which is a fake that ends at once with exit code 7."""
     seen: list[Settings] = []
 
-    async def serve(settings: Settings) -> int:
+    async def serve(settings: Settings, given: Given) -> int:
+        assert given.settings() == settings
         seen.append(settings)
         return 7
 
