@@ -87,11 +87,25 @@ def report(worker: Worker, told: LoadReport, rules: ReportRules) -> bool:
     worker.report_until_s = told.at_s + REPORT_INTERVALS_MAX * rules.interval_s
     worker.sent_since_report = 0
     worker.chars_since_report = 0
+    worker.peers_at_report = worker.peers_in_flight
     if not rules.is_protected:
         return False
     if told.waiting >= rules.overload_waiting:
         return True
     return told.kv_usage is not None and told.kv_usage >= rules.overload_kv_usage
+
+
+def note_peers(worker: Worker, in_flight: int) -> None:
+    """Other nodes of the mesh have so many requests in flight on `worker`, by their last word."""
+    assert in_flight >= 0
+    worker.peers_in_flight = in_flight
+    if in_flight < worker.peers_at_report:
+        worker.peers_at_report = in_flight  # those that ended are not made up for by new ones
+
+
+def everybodys(worker: Worker) -> int:
+    """Requests in flight on `worker`, ours and those of the mesh."""
+    return worker.in_flight + worker.peers_in_flight
 
 
 def fresh_report(worker: Worker, now: float) -> LoadReport | None:
@@ -118,9 +132,12 @@ def reported_wait_s(worker: Worker, told: LoadReport, rules: WaitRules) -> float
         tokens += worker.chars_since_report / CHARS_PER_TOKEN
     else:
         tokens += worker.sent_since_report * rules.mean_prefill_tokens
+    peers = worker.peers_in_flight
+    if peers > worker.peers_at_report:  # sent by other nodes since the poll, as far as heard
+        tokens += (peers - worker.peers_at_report) * rules.mean_prefill_tokens
     usage = told.kv_usage
     if usage is None:
-        tokens = max(tokens, worker.in_flight * rules.mean_prefill_tokens)
+        tokens = max(tokens, (worker.in_flight + peers) * rules.mean_prefill_tokens)
         return tokens / throughput_tps(told, rules) * worker.spec.cost
     if usage > KV_USAGE_MAX:
         usage = KV_USAGE_MAX
@@ -144,7 +161,7 @@ def unreported_wait_s(worker: Worker, rules: WaitRules, fleet_tps: float) -> flo
 
     `fleet_tps` is the mean throughput of the workers that did report, so that both kinds compare in seconds.
     """
-    return worker.in_flight * worker.spec.cost * rules.mean_prefill_tokens / fleet_tps
+    return everybodys(worker) * worker.spec.cost * rules.mean_prefill_tokens / fleet_tps
 
 
 def expected_wait_s(worker: Worker, now: float, rules: WaitRules) -> float:

@@ -129,6 +129,8 @@ class Worker:
     characters (0 where no policy asked for text). `sent_since_report` counts requests placed since `report` came, which
     counts until `report_until_s` (`fleet/load.py`). `is_overloaded` tells that the report was over the
     `--worker-overload-*` limits; it means nothing once the report is too old. `order` is the rank of registration.
+    `peers_in_flight` are the requests that other nodes of a mesh have in flight here, as far as heard; `peers_at_report`
+    those of them that `report` has counted.
     """
 
     __slots__ = (
@@ -149,6 +151,8 @@ class Worker:
         "message",
         "models",
         "order",
+        "peers_at_report",
+        "peers_in_flight",
         "port",
         "report",
         "report_until_s",
@@ -184,6 +188,8 @@ class Worker:
         self.breaker = breaker
         self.in_flight = 0
         self.chars_in_flight = 0
+        self.peers_in_flight = 0
+        self.peers_at_report = 0
         self.sent_since_report = 0
         self.chars_since_report = 0
         self.report: LoadReport | None = None

@@ -15,6 +15,7 @@ from smg.policies.power_of_two import PowerOfTwo
 from smg.policies.prefix_hash import PrefixHash
 from smg.policies.random_choice import RandomChoice
 from smg.policies.round_robin import RoundRobin
+from smg.policies.shared_keys import SharedKeys
 from smg.settings import Routing
 
 POLICIES: dict[str, Callable[[Routing], Policy]] = {
@@ -29,3 +30,9 @@ POLICIES: dict[str, Callable[[Routing], Policy]] = {
     "random": RandomChoice,
     "round_robin": RoundRobin,
 }
+
+KEYED: dict[str, Callable[[Routing, SharedKeys], Policy]] = {
+    "consistent_hashing": ConsistentHash,
+    "manual": Manual,
+}
+"""Those that remember routing keys, made so that the keys are shared with other nodes (RT-6)."""

@@ -47,8 +47,8 @@ def could_serve(worker: Worker, now: float) -> bool:
 
 
 def in_flight_cost(worker: Worker) -> float:
-    """Requests in flight times cost: the comparison of load where no seconds are known (WRK-16)."""
-    return worker.in_flight * worker.spec.cost
+    """Requests in flight, those of the mesh too, times cost: the load where no seconds are known (WRK-16)."""
+    return (worker.in_flight + worker.peers_in_flight) * worker.spec.cost
 
 
 def least(

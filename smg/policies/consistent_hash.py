@@ -17,6 +17,7 @@ from smg.fleet.worker import Worker
 from smg.policies.candidates import could_serve
 from smg.policies.policy import Stateless, Terms, Wants
 from smg.policies.ring_members import RingMembers
+from smg.policies.shared_keys import OWN_KEYS, SharedKeys
 from smg.settings import Routing
 
 MOVED_MAX = 65_536
@@ -33,8 +34,9 @@ class ConsistentHash(Stateless):
     name = "consistent_hashing"
     wants = Wants.KEY
 
-    def __init__(self, settings: Routing) -> None:
+    def __init__(self, settings: Routing, shared: SharedKeys = OWN_KEYS) -> None:
         self._members = RingMembers()
+        self._shared = shared
         self._moved: OrderedDict[int, str] = OrderedDict()  # position of a key -> worker it moved to
         self.branches: dict[str, int] = {
             "target_worker_hit": 0,
@@ -65,16 +67,33 @@ class ConsistentHash(Stateless):
         members.learn((worker,))
         position = position_of(key)
         natural = members.ring.natural_owner(position)
-        keeper = members.known.get(self._moved.get(position) or natural or "")
+        keeper = members.known.get(self._moved_to(position) or natural or "")
         if keeper is not None and keeper is not worker and could_serve(keeper, now):
             return  # left out for this call only
         if worker.id == natural:
+            if self._moved_to(position) is not None:
+                self._shared.placed(position, worker.id, now)
             self._moved.pop(position, None)
             return
+        self._shared.placed(position, worker.id, now)
+        self._move(position, worker)
+
+    def heard_key(self, position: int, worker: Worker, now: float) -> None:
+        """Another node has put this key onto `worker`, away from its place on the ring or back to it."""
+        if worker.id == self._members.ring.natural_owner(position):
+            self._moved.pop(position, None)
+        else:
+            self._move(position, worker)
+
+    def _move(self, position: int, worker: Worker) -> None:
         self._moved[position] = worker.id
         self._moved.move_to_end(position)
         if len(self._moved) > MOVED_MAX:
             self._moved.popitem(last=False)
+
+    def _moved_to(self, position: int) -> str | None:
+        """Where a key was put instead of its place, by us or by another node."""
+        return self._moved.get(position) or self._shared.worker_of(position)
 
     def removed(self, worker: Worker) -> None:
         """Its points go, and so do the keys that had moved to it."""
@@ -93,9 +112,8 @@ class ConsistentHash(Stateless):
 
     def _of_key(self, position: int, workers: Sequence[Worker]) -> Worker | None:
         members = self._members.of(workers)
-        if self._moved:
-            moved = members.get(self._moved.get(position, ""))
-            if moved is not None:
-                return moved
+        moved = members.get(self._moved_to(position) or "")
+        if moved is not None:
+            return moved
         owner = self._members.ring.owner(position, members)
         return None if owner is None else members[owner]

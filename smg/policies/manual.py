@@ -13,6 +13,7 @@ from smg.api.call import Call
 from smg.fleet.worker import Worker
 from smg.policies.candidates import ById, in_flight_cost, least
 from smg.policies.policy import Stateless, Terms, Wants
+from smg.policies.shared_keys import OWN_KEYS, SharedKeys
 from smg.policies.sticky_map import HIT, MISS, VACANT, StickyMap
 from smg.settings import Routing
 
@@ -23,9 +24,9 @@ class Manual(Stateless):
     name = "manual"
     wants = Wants.KEY
 
-    def __init__(self, settings: Routing) -> None:
+    def __init__(self, settings: Routing, shared: SharedKeys = OWN_KEYS) -> None:
         self._mode = settings.assignment_mode
-        self._map = StickyMap(settings.max_idle_secs)
+        self._map = StickyMap(settings.max_idle_secs, shared)
         self._by_id = ById()
         self.branches: dict[str, int] = {HIT: 0, MISS: 0, VACANT: 0, "no_routing_id": 0}
 
@@ -58,6 +59,10 @@ class Manual(Stateless):
             self.branches["no_routing_id"] += 1
             return
         self.branches[self._map.place(key, worker, now)] += 1
+
+    def heard_key(self, position: int, worker: Worker, now: float) -> None:
+        """Another node has put this key onto `worker`."""
+        self._map.heard(position, worker, now)
 
     def removed(self, worker: Worker) -> None:
         """Its keys are homeless."""

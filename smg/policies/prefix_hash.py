@@ -97,5 +97,5 @@ class PrefixHash(Stateless):
         """Load-factor x mean load, with the call that is to be placed counted in."""
         total = 1.0
         for worker in workers:
-            total += worker.in_flight * worker.spec.cost
+            total += in_flight_cost(worker)
         return self._load_factor * total / len(workers)

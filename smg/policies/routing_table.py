@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator
 from smg.fleet.pool import Pool
 from smg.fleet.registry import Change, Flushed, Registry, Removed, StatusChanged
 from smg.fleet.worker import Kind, Status, Worker
-from smg.policies import POLICIES
+from smg.policies import KEYED, POLICIES
 from smg.policies.pair import Pair
 from smg.policies.policy import Policy
+from smg.policies.shared_keys import OWN_KEYS, SharedKeys
 from smg.policies.sticky_key import StickyKey
 from smg.settings import Routing
 
@@ -32,14 +33,20 @@ STICKY = frozenset({"manual", "consistent_hashing"})
 Make = Callable[[str, str], Policy]
 """Makes the policy of a name for a model: (policy name, model)."""
 
+Keys = Callable[[str, Kind], SharedKeys]
+"""The routing keys of a model and leg as all nodes know them."""
+
 
 class PolicyTable:
-    """The policy of every model. `make` may stand in for the shelf's constructors."""
+    """The policy of every model. `make` may stand in for the shelf's constructors; `keys` are those of a mesh."""
 
-    def __init__(self, routing: Routing, registry: Registry, make: Make | None = None) -> None:
+    def __init__(
+        self, routing: Routing, registry: Registry, make: Make | None = None, keys: Keys | None = None
+    ) -> None:
         self._routing = routing
         self._registry = registry
         self._make = make or self._from_shelf
+        self._keys = keys
         self._claimed: dict[str, Policy] = {}  # names that regular workers told
         self._unclaimed: OrderedDict[str, Policy] = OrderedDict()
         self._pairs: OrderedDict[str, Pair] = OrderedDict()
@@ -74,6 +81,13 @@ class PolicyTable:
             yield model, pair.prefill
             yield model, pair.decode
 
+    def known(self, model: str, kind: Kind) -> Policy | None:
+        """The policy of a model and leg if there is one already; makes none."""
+        if kind is Kind.REGULAR:
+            return self._claimed.get(model) or self._unclaimed.get(model)
+        pair = self._pairs.get(model)
+        return None if pair is None else pair.leg(kind)
+
     def _new_policy(self, model: str) -> Policy:
         pool = self._registry.pool(model)
         if pool is not None and pool.model == model:
@@ -89,9 +103,12 @@ class PolicyTable:
 
     def _made(self, default: str, kind: Kind, model: str) -> Policy:
         name = self._label(kind, model) or default
+        keys = OWN_KEYS if self._keys is None else self._keys(model, kind)
+        if self._keys is not None and name in KEYED:
+            return KEYED[name](self._routing, keys)
         policy = self._make(name, model)
         if self._routing.routing_key_override and name not in STICKY:
-            return StickyKey(policy, self._routing.max_idle_secs)
+            return StickyKey(policy, self._routing.max_idle_secs, keys)
         return policy
 
     def _label(self, kind: Kind, model: str) -> str | None:

@@ -13,18 +13,19 @@ from smg.api.call import Call
 from smg.fleet.worker import Worker
 from smg.policies.candidates import ById
 from smg.policies.policy import Outcome, Policy, Terms, Wants
+from smg.policies.shared_keys import OWN_KEYS, SharedKeys
 from smg.policies.sticky_map import StickyMap
 
 
 class StickyKey:
     """`inner`, with keys that stick; it answers to the name of `inner`."""
 
-    def __init__(self, inner: Policy, idle_max_s: float) -> None:
+    def __init__(self, inner: Policy, idle_max_s: float, shared: SharedKeys = OWN_KEYS) -> None:
         self.inner = inner
         self.name = inner.name
         self.wants = inner.wants | Wants.KEY
         self.is_random = inner.is_random
-        self._map = StickyMap(idle_max_s)
+        self._map = StickyMap(idle_max_s, shared)
         self._by_id = ById()
 
     @property
@@ -54,6 +55,10 @@ class StickyKey:
     def finished(self, call: Call, worker: Worker, outcome: Outcome, now: float) -> None:
         """As `inner` does."""
         self.inner.finished(call, worker, outcome, now)
+
+    def heard_key(self, position: int, worker: Worker, now: float) -> None:
+        """Another node has put this key onto `worker`."""
+        self._map.heard(position, worker, now)
 
     def removed(self, worker: Worker) -> None:
         """Its keys are homeless."""

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from smg.fleet.hash_ring import position_of
 from smg.fleet.worker import Worker
 from smg.policies.candidates import could_serve
+from smg.policies.shared_keys import OWN_KEYS, SharedKeys
 
 KEYS_MAX = 131_072
 """Keys per model that are remembered, about 30 MB. Clients choose keys, so only a number bounds the memory; the key
@@ -48,10 +49,11 @@ class _Entry:
 class StickyMap:
     """Keys and their workers. A key is kept as its 64-bit hash: clients send keys of any length."""
 
-    __slots__ = ("_entries", "_holders", "_idle_max_s")
+    __slots__ = ("_entries", "_holders", "_idle_max_s", "_shared")
 
-    def __init__(self, idle_max_s: float) -> None:
+    def __init__(self, idle_max_s: float, shared: SharedKeys = OWN_KEYS) -> None:
         self._idle_max_s = idle_max_s
+        self._shared = shared
         self._entries: OrderedDict[int, _Entry] = OrderedDict()  # longest unused first
         self._holders: dict[str, _Holder] = {}  # worker id -> holder; none of them is gone
 
@@ -60,9 +62,10 @@ class StickyMap:
 
     def worker_of(self, key: str, members: Mapping[str, Worker], now: float) -> Worker | None:
         """The worker of `members` that the key sticks to; None when it is new, idle for too long, or homeless."""
-        entry = self._entries.get(position_of(key))
+        position = position_of(key)
+        entry = self._entries.get(position)
         if entry is None or entry.used_s + self._idle_max_s < now:
-            return None
+            return members.get(self._shared.worker_of(position) or "")  # perhaps another node knows it
         for holder in (entry.holder, entry.before):
             if holder is not None and not holder.is_gone and members.get(holder.worker.id) is holder.worker:
                 return holder.worker
@@ -91,11 +94,14 @@ class StickyMap:
             entries[position] = _Entry(holder, now)
             if len(entries) > KEYS_MAX:
                 self._drop(entries.popitem(last=False)[1])
-            return VACANT
+            known = self._shared.worker_of(position)
+            self._shared.placed(position, worker.id, now)
+            return VACANT if known is None else HIT if known == worker.id else MISS
         entry.used_s = now
         entries.move_to_end(position)
         old = entry.holder
         if old.worker is worker and not old.is_gone:
+            self._shared.placed(position, worker.id, now)
             return HIT
         if not old.is_gone and could_serve(old.worker, now):
             return MISS
@@ -103,7 +109,23 @@ class StickyMap:
         entry.before = None if old.is_gone else old
         entry.holder = self._holder(worker)
         entry.holder.keys += 1
+        self._shared.placed(position, worker.id, now)
         return MISS
+
+    def heard(self, position: int, worker: Worker, now: float) -> None:
+        """Another node has put a key onto `worker`: a key known here moves along; others are asked for when needed."""
+        entry = self._entries.get(position)
+        if entry is None:
+            return
+        old = entry.holder
+        if old.worker is not worker or old.is_gone:
+            old.keys -= 1
+            entry.before = None if old.is_gone else old
+            entry.holder = self._holder(worker)
+            entry.holder.keys += 1
+        if entry.used_s < now:
+            entry.used_s = now
+            self._entries.move_to_end(position)
 
     def forget(self, worker: Worker) -> None:
         """`worker` left: no key sticks to it any more."""

@@ -12,6 +12,7 @@ from random import Random
 
 import msgspec
 
+from smg.fleet.load import everybodys
 from smg.fleet.prefix_index import PrefixIndex
 from smg.fleet.worker import Worker
 from smg.policies.price import pick
@@ -32,9 +33,9 @@ class ThresholdRule(msgspec.Struct, frozen=True, kw_only=True):
         self, blocks: Sequence[int], workers: Sequence[Worker], index: PrefixIndex, rng: Random
     ) -> tuple[Worker, str]:
         """The worker and the reason; `workers` must not be empty."""
-        loads = [worker.in_flight for worker in workers]
+        loads = [everybodys(worker) for worker in workers]
         lowest, highest = min(loads), max(loads)
-        least = [worker for worker in workers if worker.in_flight == lowest]
+        least = [worker for worker, load in zip(workers, loads, strict=True) if load == lowest]
         if highest - lowest > self.balance_abs and highest > self.balance_rel * lowest:
             return pick(least, rng), f"out of balance: {lowest} to {highest} in flight"
         if self.token_usage < 1.0:
