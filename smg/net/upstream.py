@@ -291,6 +291,8 @@ class Upstream:
             self.is_complete = True
             # A HEAD answer leaves the parser waiting for a body: only a regular end allows another request.
             self.may_be_reused = self._parser.should_keep_alive()
+            if self.is_chunked:
+                self._collected = []  # a trailer is no header of the next answer
             self._remember()
         self._raw = b""
 

@@ -287,7 +287,9 @@ async def test_dn_2_trailers_of_a_worker_never_become_headers():
         answer = await client.ask(CHAT, HELLO)
         assert answer.body == b"{}"
         assert answer.all("set-cookie") == answer.all("x-t") == []
-        assert (await client.ask(CHAT, HELLO)).status == 200
+        for _ in range(3):
+            answer = await client.ask(CHAT, HELLO)
+            assert answer.status == 200 and answer.all("set-cookie") == answer.all("x-t") == []
 
 
 async def test_dn_3_the_worker_id_is_that_of_the_worker_list_and_no_address_is_shown():
