@@ -79,11 +79,11 @@ class Reload:
         while True:
             if self._asked.is_set():
                 self._asked = trio.Event()
-                await trio.to_thread.run_sync(self._changed_parts)
+                await trio.to_thread.run_sync(self._changed_parts, abandon_on_cancel=True)
                 await self.reload(self._parts, is_asked=True)
             elif self._parts:
                 # Each by itself: a certificate that is being replaced must not hold up a new key.
-                for part in await trio.to_thread.run_sync(self._changed_parts):
+                for part in await trio.to_thread.run_sync(self._changed_parts, abandon_on_cancel=True):
                     await self.reload([part])
             with trio.move_on_after(self._interval_s):
                 await self._asked.wait()

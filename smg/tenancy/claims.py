@@ -173,6 +173,8 @@ def _key_of(entry: dict[str, Any]) -> Any:
     try:
         if public["kty"] == "EC":
             return ECKey.import_key(public)
+        if len(str(public["n"])) * 6 < RSA_BITS_MIN:
+            return None
         key = RSAKey.import_key(public)
         return key if key.public_key.key_size >= RSA_BITS_MIN else None
     except (JoseError, ValueError, TypeError, KeyError, AttributeError):
