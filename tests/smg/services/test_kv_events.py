@@ -107,6 +107,16 @@ class Publisher:
         self.replay.close(linger=0)
 
 
+async def publisher_at(context, port: int) -> Publisher:
+    """ZeroMQ closes in its own thread, so the port is free a moment later."""
+    with trio.fail_after(PATIENCE_S):
+        while True:
+            try:
+                return Publisher(context, port=port)
+            except zmq.ZMQError:
+                await trio.sleep(0.002)
+
+
 async def until(condition: Callable[[], object], limit_s: float = PATIENCE_S) -> None:
     with trio.fail_after(limit_s):
         while not condition():
@@ -298,7 +308,7 @@ async def test_a_publisher_that_comes_back_is_another_engine(context):
         await site.batches(1)
         port = publisher.port
         publisher.events.close(linger=0)
-        second = Publisher(context, port=port)
+        second = await publisher_at(context, port)
         second.number = 1  # the first message of the new process was missed: its number alone would fit
         await second.heard()
         second.say(second.stored(prompt(2, 32)))
