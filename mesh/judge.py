@@ -362,14 +362,17 @@ class Judge:
         self._bury(member, Accusation(name, known.boot, known.incarnation, Status.DEAD, self._own.name), now)
 
     def _bury(self, member: Member, accusation: Accusation, now: float) -> None:
+        known = member.record
         was_live = member.is_live
         self._end_suspicion(member.name)
         record = msgspec.structs.replace(
-            member.record,
-            boot=accusation.boot,
-            incarnation=accusation.incarnation,
-            status=accusation.status,
+            known, boot=accusation.boot, incarnation=accusation.incarnation, status=accusation.status
         )
+        if accusation.boot != known.boot:
+            # The end of a life we never met. Its first incarnation was its birth; users hear that it had been.
+            record = msgspec.structs.replace(record, born_s=boot_seconds(accusation.incarnation))
+            self.emit(MemberUp(msgspec.structs.replace(record, status=Status.ALIVE), True))
+            was_live = True
         self._roster.put(member, record, now)
         self._rumors.put(accusation)
         if accusation.status == Status.LEFT:

@@ -257,6 +257,9 @@ class Replica:
             case Vector():
                 if body.kind != store.kind:
                     return False
+                if link.is_heard and body.flags == 0:
+                    # It opens again, so it has not heard us: our own opening came before it listened to this stream.
+                    self._openings.setdefault(link.peer, (now + OPENING_RETRY_S, OPENING_RETRY_S))
                 self._heard(link)
                 store.receive_vector(link, body, now)
             case Want() if not isinstance(store, LwwMap):
@@ -289,9 +292,15 @@ class Replica:
                 store.tick(now)
         for peer, (due, wait) in list(self._openings.items()):
             if now >= due:
-                self._openings[peer] = (now + wait, min(2 * wait, OPENING_RETRY_MAX_S))
-                for link in self._home.links[peer].values():
-                    link.send_vector(PLAIN_VECTOR)
+                links = self._home.links[peer].values()
+                # All heard: the peer asked for it. A pushed vector does not ask again, so no two replicas echo.
+                is_asked = all(link.is_heard for link in links)
+                if is_asked:
+                    del self._openings[peer]
+                else:
+                    self._openings[peer] = (now + wait, min(2 * wait, OPENING_RETRY_MAX_S))
+                for link in links:
+                    link.send_vector(PUSH_VECTOR if is_asked else PLAIN_VECTOR)
         if now >= self._anti_entropy_due:
             self._anti_entropy_due = now + self._interval()
             if self._home.links:

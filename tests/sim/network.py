@@ -91,16 +91,19 @@ class Endpoint:
         "frames",
         "host",
         "is_busy",
+        "is_dialler",
         "is_open",
         "opened_s",
         "other",
         "owner",
         "peer",
+        "told_s",
         "used_s",
         "waiting_since_s",
     )
 
-    def __init__(self, host: int, owner: object) -> None:
+    def __init__(self, host: int, owner: object, is_dialler: bool = False) -> None:
+        self.is_dialler = is_dialler
         self.host = host
         self.owner = owner
         self.other: Endpoint = self
@@ -108,7 +111,7 @@ class Endpoint:
         self.frames: deque[tuple[bytes, float]] = deque()
         self.is_busy = False
         self.waiting_since_s = 0.0
-        self.used_s = self.opened_s = 0.0
+        self.used_s = self.opened_s = self.told_s = 0.0
         self.peer: tuple[str, bytes] | None = None
 
 
@@ -212,6 +215,7 @@ class Network:
         """Queue one frame. Dropped silently when the end is closed, as writing to a dead socket is."""
         if not end.is_open:
             return
+        end.told_s = now
         end.frames.append((data, now))
         if not end.is_busy:
             end.is_busy = True

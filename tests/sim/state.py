@@ -17,7 +17,7 @@ from mesh.replica import Replica, ReplicaSettings, life_number
 from tests.sim.world import EPOCH_S, Node, World
 
 CONF, REG, LOAD, HITS, PREFIX = "conf", "reg", "load", "hits", "prefix"
-CHECKED = (CONF, REG, LOAD, HITS, PREFIX)
+CHECKED = (CONF, REG, LOAD, HITS)
 WRITE_EVERY_S = 2.0
 WRITES_END_S = 90.0
 DELETE_AT_S = 102.0
@@ -146,11 +146,12 @@ class Book:
                 living[0].replica.remove(CONF, key, living[0].node.clock())
             living[0].node.drain()
 
-    def problems(self, world: World) -> list[str]:
-        """What is wrong at the end."""
+    def problems(self, world: World, has_deaths: bool) -> list[str]:
+        """What is wrong at the end. Positions in streams are compared only where every producer lived on: what a
+        dead producer said last may have reached some nodes only, and nobody is left to ask."""
         living = self._living(world)
         found = []
-        for namespace in CHECKED:
+        for namespace in CHECKED if has_deaths else (*CHECKED, PREFIX):
             digests = {state.node.name: state.replica.digest(namespace) for state in living}
             if len(set(digests.values())) > 1:
                 found.append(f"digests of {namespace} differ: {digests}")

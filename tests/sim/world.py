@@ -38,7 +38,9 @@ FRESH_S = 2.0
 """Two streams of a pair opened within this time were dialled at once; a later one replaces a dead one."""
 INBOX_MAX = 400
 """Datagrams a paused process's socket holds (about 212 KB of kernel memory)."""
-MEMBERSHIP, STATE = b"M", b"S"
+MEMBERSHIP, STATE, KEEPALIVE = b"M", b"S", b"K"
+KEEPALIVE_S = 5.0
+"""A stream on which we said nothing for this long is told that we are there, which finds out that nobody is."""
 
 
 class ReplicaHook(Protocol):
@@ -159,14 +161,17 @@ class Node:
             self.replica.member_event(event, now)
         if isinstance(event, MemberUp):
             is_small = self.swim.live_count < FULL_MESH_MAX and self.world.keeps_streams
-            self._rebind(event.record)
+            self._rebind(event.record.name, event.record.boot)
             if is_small and self.name < event.record.name and event.record.name not in self.streams:
                 self.dial(event.record.address, [])
         elif isinstance(event, MemberDown | Left):
-            end = self.streams.pop(event.record.name, None)
-            if end is not None:
-                self._stream_gone(end, event.record.name)
-                self.world.network.close(end)
+            name = event.record.name
+            if self.streams.get(name) is not None:
+                self._stream_gone(self.streams[name], name)
+                self.world.network.close(self.streams.pop(name), bye=True)
+            for end in self.extra:
+                if end.peer is not None and end.peer[0] == name:
+                    self.world.network.close(end, bye=True)
         elif isinstance(event, NameConflict):
             self.conflict = event
             self.world.loop.at(self.world.loop.now, self.world.exit, self)
@@ -189,10 +194,11 @@ class Node:
         if not addresses:
             self.swim.seed_failed(effect.seed, self.clock())
         for address in addresses:
-            end = Endpoint(self.host, self)
+            end = Endpoint(self.host, self, is_dialler=True)
 
             def done(is_ok: bool, is_refused: bool, end: Endpoint = end) -> None:
                 if not self.is_up:
+                    self.world.network.close(end)
                     return
                 now = self.clock()
                 left[0] -= 1
@@ -219,11 +225,12 @@ class Node:
                 waiting.extend(frames)
             return
         self.dialling[address] = frames
-        end = Endpoint(self.host, self)
+        end = Endpoint(self.host, self, is_dialler=True)
 
         def done(is_ok: bool, is_refused: bool) -> None:
             waiting = self.dialling.pop(address, [])
             if not self.is_up:
+                self.world.network.close(end)
                 return
             if not is_ok:
                 self._run(self.swim.dial_failed, address, is_refused)
@@ -232,6 +239,7 @@ class Node:
                 self.world.network.close(end)
                 return
             self.adopt(end)
+            end.used_s = self.world.loop.now
             for data in waiting:
                 self.world.network.send(end, data, self.world.loop.now)
 
@@ -243,38 +251,46 @@ class Node:
         end.peer = (peer.name, peer.swim.own.boot)
         end.opened_s = end.used_s = self.world.loop.now
         old = self.streams.get(peer.name)
-        is_fresh = old is not None and old.is_open and end.opened_s - old.opened_s < FRESH_S
         member = self.swim.member(peer.name)
-        if (member is not None and member.is_live and member.record.boot != peer.swim.own.boot) or (
-            is_fresh and old is not None and old.peer == end.peer
-        ):
-            # two dialled at once; or another life than the one membership knows: it may carry membership only
+        is_other_life = member is not None and member.is_live and member.record.boot != peer.swim.own.boot
+        if is_other_life or peer.name == self.name:
+            self.extra.append(end)  # not the life membership knows: it may carry membership only
+        elif old is None or not old.is_open or old.peer != end.peer:
+            self._bind(end)
+        elif end.opened_s - old.opened_s >= FRESH_S:
+            self.world.network.close(old, bye=True)
+            self._bind(end)
+        elif (self.name < peer.name) == end.is_dialler:
+            # two dialled at once: both sides keep the one that the smaller name dialled
+            self.extra.append(old)
+            self._bind(end)
+        else:
             self.extra.append(end)
-            return
-        self._bind(end)
 
     def _bind(self, end: Endpoint) -> None:
-        """This stream is the peer's from now on; an older one is dead or belongs to a former life."""
+        """State of the peer goes by this stream from now on."""
         peer: Node = end.other.owner  # type: ignore[assignment]
         old = self.streams.pop(peer.name, None)
         if old is not None:
             self._stream_gone(old, peer.name)
-            self.world.network.close(old, bye=True)
         self.streams[peer.name] = end
         if self.replica is not None:
             self._run(self.replica.peer_up, peer.name, peer.swim.own)
 
-    def _rebind(self, record: Record) -> None:
-        """Membership knows this life now: if a stream of it is open, state may use it."""
-        life = (record.name, record.boot)
-        bound = self.streams.get(record.name)
-        if bound is not None and bound.peer == life:
+    def _rebind(self, name: str, boot: bytes) -> None:
+        """Membership knows this life now, or its stream is gone: use the best stream of it that is open."""
+        bound = self.streams.get(name)
+        open_ends = [end for end in self.extra if end.is_open and end.peer == (name, boot)]
+        if bound is not None and bound.is_open and bound.peer == (name, boot):
+            open_ends.append(bound)
+        if not open_ends:
             return
-        for end in self.extra:
-            if end.is_open and end.peer == life:
-                self.extra.remove(end)
-                self._bind(end)
-                return
+        best = max(open_ends, key=lambda end: ((self.name < name) == end.is_dialler, end.opened_s))
+        if best is not bound:
+            self.extra.remove(best)
+            if bound is not None and bound.is_open:
+                self.extra.append(bound)
+            self._bind(best)
 
     def _stream_gone(self, end: Endpoint, name: str) -> None:
         if self.replica is not None:
@@ -289,6 +305,9 @@ class Node:
         if self.is_paused or not self.swim.is_running:
             return
         self.extra = [end for end in self.extra if end.is_open]
+        for end in self.streams.values():
+            if world.loop.now - end.told_s >= KEEPALIVE_S:
+                world.network.send(end, KEEPALIVE, world.loop.now)
         if not world.keeps_streams:
             self._close_idle(0.5)
             return
@@ -345,6 +364,8 @@ class Node:
             self._stream_frame(end, data)
 
     def _stream_frame(self, end: Endpoint, data: bytes, _now: float = 0.0) -> None:
+        if data == KEEPALIVE:
+            return
         end.used_s = self.world.loop.now
         now = self.clock()
         if data[:1] == STATE:
@@ -368,21 +389,17 @@ class Node:
 
     def stream_eof(self, end: Endpoint) -> None:
         """The peer's kernel closed: its process ended."""
-        if end.peer is None:
-            return
-        name, boot = end.peer
-        if self.streams.get(name) is end:
-            del self.streams[name]
-            self._stream_gone(end, name)
-        if self.world.keeps_streams:
-            self._run(self.swim.stream_closed, name, boot)
+        self.stream_bye(end)
+        if self.world.keeps_streams and end.peer is not None:
+            self._run(self.swim.stream_closed, *end.peer)
 
     def stream_bye(self, end: Endpoint) -> None:
-        """The peer closed an idle stream and said so."""
+        """The peer closed a stream and said so."""
         end.is_open = False
         if end.peer is not None and self.streams.get(end.peer[0]) is end:
             del self.streams[end.peer[0]]
             self._stream_gone(end, end.peer[0])
+            self._rebind(*end.peer)
 
     def stream_timed_out(self, end: Endpoint) -> None:
         """Our kernel gave the stream up."""
