@@ -277,11 +277,7 @@ async def garbage(lab: Lab, rounds: int) -> Measured:
     took_s = trio.current_time() - start_s
     await trio.sleep(3)
     for node, old in zip(nodes, before, strict=True):
-        news = [
-            line
-            for line in node.lines[old:]
-            if line["event"] not in ("status", "peer", "stranger", "unknown_key")
-        ]
+        news = [line for line in node.lines[old:] if line["event"] not in QUIET]
         assert not news, (node.name, news)
         assert len([line for line in node.lines if line["event"] == "stranger"]) <= 2 + took_s / 10
     counts = [line for line in nodes[0].lines if line["event"] == "status"][-1]["counts"]
