@@ -265,7 +265,9 @@ class Dispatch:
         """Passes the answer on; what a stream tells goes into `told` as it comes. Raises as `gateway/relay.py`."""
         content_type = upstream.content_type.lower()
         is_events = content_type.startswith(b"text/event-stream")
-        if is_events and upstream.length is None and upstream.status not in BODYLESS:
+        # Nothing can be written between the events of an encoded stream: it is passed on like any other body.
+        is_legible = value_of(upstream.headers, b"content-encoding") in (None, b"identity")
+        if is_events and is_legible and upstream.length is None and upstream.status not in BODYLESS:
 
             def first_byte(now: float) -> None:
                 policy.first_byte(call, worker, now - started_s, now)

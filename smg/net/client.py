@@ -75,7 +75,8 @@ class Client:
                 except UpstreamError as error:
                     if error.kind != UpstreamError.RESET:
                         raise
-            upstream = await self._pool.open(origin, parking)
+            # Beside the bound of connections: a probe that waits behind long requests would fail its worker.
+            upstream = await self._pool.open_new(origin, parking)
             return await self._talk(origin, upstream, parking, method, head, body, bytes_max, started_s)
         finally:
             self._readiness.close_parking(parking)
@@ -110,7 +111,7 @@ class Client:
                 await upstream.read_more(parking)
             is_done = True
         finally:
-            if is_done:
+            if is_done and origin.connections_max is None:
                 self._pool.give_back(origin, upstream)
             else:
                 self._pool.discard(origin, upstream)

@@ -31,6 +31,7 @@ class Origin:
 
     `connections_max` bounds open connections (None: no bound); requests above it wait in order. `permits` tells which
     addresses may be connected to (None: all); it is asked about what is connected to, so no resolver can get around it.
+    `idle_max` bounds the idle connections, 0 when the place is not used any more.
     """
 
     __slots__ = (
@@ -39,6 +40,7 @@ class Origin:
         "connections_max",
         "host",
         "idle",
+        "idle_max",
         "is_tls",
         "open_count",
         "permits",
@@ -55,6 +57,7 @@ class Origin:
         self.connections_max = connections_max
         self.permits: Callable[[str], bool] | None = None
         self.idle: deque[Upstream] = deque()
+        self.idle_max = IDLE_PER_ORIGIN_MAX
         self.open_count = 0
         self.waiters: deque[Parking] = deque()
         self._addresses: list[tuple[socket.AddressFamily, str]] = _numeric(host)
@@ -108,6 +111,8 @@ class ConnectionPool:
             origin = self._origins[key] = Origin(host, port, is_tls=is_tls)
         if connections_max is not None:
             origin.connections_max = connections_max
+            while origin.idle and origin.open_count > connections_max:  # probes came before the bound was known
+                self._close(origin, origin.idle.popleft())
         return origin
 
     def use_context(self, context: ssl.SSLContext) -> None:
@@ -118,7 +123,8 @@ class ConnectionPool:
                 self._close(origin, origin.idle.pop())
 
     def forget(self, origin: Origin) -> None:
-        """Closes the idle connections of a place that is not used any more."""
+        """Closes the idle connections of a place that is not used any more; those in use are closed when given back."""
+        origin.idle_max = 0
         self._origins.pop((origin.host, origin.port, origin.is_tls), None)
         while origin.idle:
             self._close(origin, origin.idle.pop())
@@ -139,7 +145,7 @@ class ConnectionPool:
         """Ends the use of a connection: kept when it may serve again, else closed."""
         slot = upstream.connection.slot
         may_stay = upstream.may_be_reused and not slot.is_hung_up and not slot.is_readable
-        if not may_stay or len(origin.idle) >= IDLE_PER_ORIGIN_MAX:
+        if not may_stay or len(origin.idle) >= origin.idle_max:
             self._close(origin, upstream)
             return
         upstream.idle_since_s = self._readiness.now_s

@@ -274,6 +274,9 @@ class Upstream:
             elif name == b"content-type":
                 self.content_type = value
             elif name == b"transfer-encoding":
+                if value.lower() != b"chunked":
+                    # Its bytes would be relayed as they are, without their name.
+                    raise ValueError("a transfer coding that is not chunked alone")
                 self.is_chunked = True
         self.length = None if self.is_chunked else length
         if self._is_head_request:
