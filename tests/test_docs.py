@@ -82,7 +82,7 @@ def _commands(page: Path) -> Iterator[list[str]]:
 
 @pytest.mark.parametrize("page", PAGES, ids=_name)
 def test_every_script_a_page_names_can_be_run(page: Path) -> None:
-    named = set(re.findall(r"(?:^|[\s`(])(?:\./)?(scripts/[\w.]+|\.ci/run)", page.read_text()))
+    named = set(re.findall(r"(?:^|[\s`(])(?:\./)?(scripts/[\w.-]*\w|\.ci/run)", page.read_text()))
     for script in named:
         path = HOUSE / script
         assert path.exists(), f"{_name(page)} names {script}, which does not exist"
