@@ -106,6 +106,8 @@ class EngineLoad(Word, frozen=True, gc=False):
     kv_capacity_tokens: U64 | None
     throughput_tps: float | None
     cache_hit_rate: float | None
+    count: U32 = 0
+    """Sets equal reports apart: the mesh tells only what changed."""
 
 
 class StickyKey(Word, frozen=True, gc=False):
@@ -124,6 +126,8 @@ class Placed(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=0):
     prefill_ms: float
     age_ms: U32
     hashes: bytes
+    asker: U32 = 0
+    """`model_ref` of the node for which the teller decided as owner: it has booked the request itself."""
 
 
 class Flushed(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=1):
@@ -152,7 +156,13 @@ class Basis(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=4):
     rows: tuple[tuple[Ref, U64, U64], ...]
 
 
-Item = Placed | Flushed | Trunk | Run | Basis
+class Gone(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=5):
+    """The teller will announce nothing more of a worker: it left the teller's fleet. Says nothing of its cache."""
+
+    ref: Ref
+
+
+Item = Placed | Flushed | Trunk | Run | Basis | Gone
 
 
 class Batch(Word, frozen=True, gc=False):
