@@ -16,6 +16,9 @@ import trio
 
 from smg.net.readiness import Parking, Readiness, Slot
 
+DEFERRED_BYTES_MAX = (
+    16 << 10
+)  # pieces up to this wait for the end of the turn; larger ones are worth their own send
 RECEIVE_BYTES = 64 << 10  # one read; larger reads stop paying off on loopback and in memory per connection
 
 
@@ -52,6 +55,10 @@ class Connection(Protocol):
         """
         ...
 
+    async def drain(self, parking: Parking) -> None:
+        """Waits until the kernel has all that `send_nowait` took. Raises `DeadlinePassed`."""
+        ...
+
     async def send(self, parking: Parking, data: bytes | memoryview) -> None:
         """Sends all of `data`. Raises `ConnectionLost`, `DeadlinePassed`."""
         ...
@@ -80,7 +87,7 @@ class Connection(Protocol):
 class PlainConnection:
     """A TCP connection without TLS."""
 
-    __slots__ = ("_readiness", "_recv", "_send", "_sock", "slot")
+    __slots__ = ("_is_blocked", "_readiness", "_recv", "_send", "_sock", "_unsent", "slot")
 
     is_truncated = False  # plain TCP has no such word
 
@@ -89,6 +96,8 @@ class PlainConnection:
         self._readiness = readiness
         self._recv = sock.recv
         self._send = sock.send
+        self._unsent = b""  # taken by `send_nowait`, not yet with the kernel
+        self._is_blocked = False  # the kernel has not taken all of it: more must wait its turn
         self.slot = readiness.register(sock)
 
     async def receive(self, parking: Parking) -> bytes:
@@ -120,7 +129,52 @@ class PlainConnection:
         return data
 
     def send_nowait(self, data: bytes) -> int:
-        """See `Connection.send_nowait`."""
+        """See `Connection.send_nowait`.
+
+        Small pieces are kept until the end of the loop's turn and sent then, with those of all other connections
+        (docs/decisions/0006-sends-at-the-end-of-the-turn.md): a send that wakes a sleeping process costs three times
+        one to a process that is awake.
+        """
+        if self._is_blocked:
+            return 0
+        unsent = self._unsent
+        if len(unsent) + len(data) <= DEFERRED_BYTES_MAX and self._readiness.defer(self):
+            self._unsent = unsent + data if unsent else data
+            return len(data)
+        if unsent:
+            self.flush()
+            if self._unsent:
+                return 0
+        return self._sent(data)
+
+    def flush(self) -> None:
+        """Hands the kernel what `send_nowait` took; what it does not take goes when the socket is writable again."""
+        data = self._unsent
+        if not data:
+            return
+        try:
+            sent = self._send(data)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            # The other side is gone: epoll tells the same, and whoever waits is woken by that.
+            self._unsent = b""
+            self.slot.is_lost = self.slot.is_hung_up = self.slot.is_readable = True
+            return
+        if sent == len(data):
+            self._unsent = b""
+            return
+        self._unsent = data[sent:]
+        self._is_blocked = True
+        self.slot.is_writable = False
+        self.slot.on_writable = self._unblocked
+
+    def _unblocked(self) -> None:
+        self._is_blocked = False
+        self.slot.on_writable = None
+        self.flush()
+
+    def _sent(self, data: bytes | memoryview) -> int:
         try:
             return self._send(data)
         except BlockingIOError:
@@ -132,14 +186,10 @@ class PlainConnection:
     async def send(self, parking: Parking, data: bytes | memoryview) -> None:
         """See `Connection.send`."""
         slot = self.slot
+        await self.drain(parking)
         view = memoryview(data)
         while view:
-            try:
-                sent = self._send(view)
-            except BlockingIOError:
-                sent = 0
-            except OSError as error:
-                raise ConnectionLost(str(error)) from None
+            sent = self._sent(view)
             if sent == len(view):
                 return
             view = view[sent:]
@@ -147,8 +197,18 @@ class PlainConnection:
             if not await parking.wait_writable(slot):
                 raise DeadlinePassed
 
+    async def drain(self, parking: Parking) -> None:
+        """See `Connection.drain`."""
+        self.flush()
+        while self._unsent:
+            if not await parking.wait_writable(self.slot):
+                raise DeadlinePassed
+
     def send_gathered_nowait(self, head: bytes, body: bytes) -> int:
         """Hands two pieces to the kernel in one call, without joining them; how many bytes it took."""
+        self.flush()
+        if self._unsent:
+            return 0
         try:
             return self._sock.sendmsg((head, body))
         except BlockingIOError:
@@ -163,6 +223,7 @@ class PlainConnection:
         What a process reads before it closes is acknowledged with its end at the latest. What comes after a close is
         answered by a reset, or is not answered yet.
         """
+        self.flush()
         state, unacknowledged = _TCP_INFO.unpack(
             self._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
         )
@@ -170,6 +231,7 @@ class PlainConnection:
 
     def shutdown_send(self) -> None:
         """Tells the other side that nothing more comes; it may still be reading (HTTP-8)."""
+        self.flush()
         try:
             self._sock.shutdown(socket.SHUT_WR)
         except OSError:
@@ -177,11 +239,14 @@ class PlainConnection:
 
     def close(self) -> None:
         """See `Connection.close`."""
+        self.flush()
+        self._unsent = b""
         self._readiness.forget(self.slot)
         self._sock.close()
 
     def abort(self) -> None:
         """See `Connection.abort`."""
+        self.flush()
         try:
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_ZERO)
         except OSError:
@@ -304,6 +369,11 @@ class TlsConnection:
         while view:
             view = view[self._encrypt(view[:RECEIVE_BYTES]) :]
             await self._flush(parking)
+
+    async def drain(self, parking: Parking) -> None:
+        """See `Connection.drain`."""
+        await self._flush(parking)
+        await self._plain.drain(parking)
 
     def send_gathered_nowait(self, head: bytes, body: bytes) -> int:
         """As `send_nowait`, of the head alone: records are copies anyway, so the body comes with the rest."""

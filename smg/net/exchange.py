@@ -322,10 +322,21 @@ class Exchange:
             await self.write(CONTINUE)
             self.has_begun_answer = began
 
+    async def drain(self) -> None:
+        """Waits until the kernel has the whole answer: before a close, which would drop the rest. Raises `ClientGone`."""
+        self.parking.deadline_s = self.readiness.now_s + self.limits.body_stall_timeout_s
+        try:
+            await self.connection.drain(self.parking)
+        except (ConnectionLost, DeadlinePassed):
+            raise ClientGone from None
+        finally:
+            self.parking.deadline_s = math.inf
+
     async def shed(self) -> None:
         """Reads and drops what a refused client still sends, so that it can read the answer (HTTP-8)."""
         if not self._has_body_left:
             return
+        await self.drain()
         self.connection.shutdown_send()
         left = SHED_BYTES_MAX - len(self.reader.take_input(1 << 62))
         until_s = self.readiness.now_s + SHED_FOR_S

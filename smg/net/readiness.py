@@ -21,7 +21,7 @@ import select
 import socket
 import types
 from collections.abc import Callable, Generator
-from typing import Any
+from typing import Any, Protocol
 
 import trio
 from trio._core._traps import WaitTaskRescheduled
@@ -74,7 +74,17 @@ class Slot:
     called once for each of these when it becomes true.
     """
 
-    __slots__ = ("fd", "is_hung_up", "is_lost", "is_readable", "is_writable", "on_end", "reader", "writer")
+    __slots__ = (
+        "fd",
+        "is_hung_up",
+        "is_lost",
+        "is_readable",
+        "is_writable",
+        "on_end",
+        "on_writable",
+        "reader",
+        "writer",
+    )
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -85,6 +95,7 @@ class Slot:
         self.reader: Parking | None = None
         self.writer: Parking | None = None
         self.on_end: Callable[[], None] | None = None
+        self.on_writable: Callable[[], None] | None = None
 
 
 class Parking:
@@ -241,7 +252,15 @@ class Parking:
         return trio.lowlevel.Abort.SUCCEEDED
 
 
-class Readiness:
+class Flushable(Protocol):
+    """Whatever has bytes to send at the end of a turn."""
+
+    def flush(self) -> None:
+        """Sends what can be sent now; must not raise."""
+        ...
+
+
+class Readiness(trio.abc.Instrument):
     """The service: registers sockets, wakes parked tasks, sweeps deadlines, keeps the clock.
 
     `now_s` is trio's clock at the last batch of events, at most one batch old while a task runs.
@@ -252,7 +271,23 @@ class Readiness:
         self._slots: dict[int, Slot] = {}
         self._parkings: dict[Parking, None] = {}
         self._sweepers: list[Callable[[float], None]] = []
+        self._unsent: list[Flushable] = []
+        self._is_running = False
         self.now_s = 0.0
+
+    def defer(self, connection: Flushable) -> bool:
+        """Calls `connection.flush()` at the end of this turn of the loop, once or more; False when nothing turns."""
+        if self._is_running:
+            self._unsent.append(connection)
+        return self._is_running
+
+    def before_io_wait(self, timeout: float) -> None:
+        """What trio calls when all tasks of a turn have run: sends what they left. Must not raise."""
+        unsent = self._unsent
+        if unsent:
+            self._unsent = []
+            for connection in unsent:
+                connection.flush()
 
     def register(self, sock: socket.socket) -> Slot:
         """Watches `sock` (non-blocking) until it is closed; call `forget` before closing it."""
@@ -285,10 +320,16 @@ class Readiness:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._sweep)
+                trio.lowlevel.add_instrument(self)
+                self._is_running = True
                 self.now_s = trio.current_time()
                 task_status.started()
                 await self._serve()
         finally:
+            if self._is_running:
+                self._is_running = False
+                trio.lowlevel.remove_instrument(self)
+                self.before_io_wait(0.0)
             self._epoll.close()
 
     async def _serve(self) -> None:
@@ -313,6 +354,8 @@ class Readiness:
                     reader.wake()
             if event & _WRITE:
                 slot.is_writable = True
+                if slot.on_writable is not None:
+                    slot.on_writable()
                 writer = slot.writer
                 if writer is not None:
                     writer.wake()

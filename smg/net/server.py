@@ -157,6 +157,7 @@ class Server:
                 exchange.parking.deadline_s = self._readiness.now_s + self._limits.header_read_timeout_s
                 await connection.handshake(exchange.parking)
             await self._serve(exchange)
+            await exchange.drain()
         except (ClientGone, ConnectionLost, DeadlinePassed, ShuttingDown):
             pass  # the client is gone, or was told as far as that was possible
         finally:
