@@ -18,6 +18,7 @@ from smg.errors import GatewayError
 from smg.fleet.pool import Pool
 from smg.fleet.registry import Registry
 from smg.fleet.worker import Worker
+from smg.gateway.receipts import blocks_of, decided_by
 from smg.gateway.resolve import key_headers, model_of, pool_of, routing_key_of
 from smg.net.plain import Request, Response, json_response
 from smg.policies.policy import Policy, Terms, Wants
@@ -26,7 +27,6 @@ from smg.policies.routing_table import PolicyTable
 BLOCK_CHARS = 512
 """Characters of a prompt that are hashed as one block, unless the node says otherwise."""
 
-_KEYED_POLICIES = frozenset(("manual", "consistent_hashing", "prefix_hash"))
 _GUESSES: tuple[tuple[str, Endpoint], ...] = (
     ("messages", CHAT),
     ("prompt", COMPLETIONS),
@@ -97,7 +97,7 @@ class Explain:
         now = self._now_s()
         candidates = pool.candidates(now)
         is_shed = not call.target and self._sheds_overload and pool.is_overloaded(now)
-        chosen, decided_by = self._chosen(call, policy, () if is_shed else candidates, now)
+        chosen, by = self._chosen(call, policy, () if is_shed else candidates, now)
         terms: dict[str, Terms] = {}
         if candidates:
             told = policy.terms(call, candidates, now, self._copied_rng())
@@ -107,7 +107,7 @@ class Explain:
         if chosen is not None:
             excluded[chosen.id] = None
         chars = len(call.text())
-        blocks = -(-chars // self._block_chars)
+        blocks = blocks_of(policy, call, self._block_chars)
         rows = []
         for worker in pool.workers:
             reason = excluded[worker.id] if worker.id in excluded else pool.excluded_by(worker, now)
@@ -118,7 +118,7 @@ class Explain:
             "endpoint": call.endpoint.path,
             "policy": policy.name,
             "chosen": chosen.id if chosen is not None else None,
-            "decided_by": decided_by,
+            "decided_by": by,
             "routing_key": call.routing_key,
             "prompt": {"chars": chars, "blocks": blocks, "block_chars": self._block_chars},
             "workers": rows,
@@ -135,11 +135,10 @@ class Explain:
             return targeted(call.target, candidates), "target"
         if len(candidates) == 1:
             return candidates[0], "only_candidate"
-        is_keyed = call.routing_key is not None and (self._keys_override or policy.name in _KEYED_POLICIES)
-        decided_by = "routing_key" if is_keyed else "policy"
-        if not candidates or (policy.is_random and not is_keyed):
-            return None, decided_by
-        return policy.choose(call, candidates, now, self._copied_rng()), decided_by
+        by = decided_by(policy, call)
+        if not candidates or (policy.is_random and by == "policy"):
+            return None, by
+        return policy.choose(call, candidates, now, self._copied_rng()), by
 
     def _copied_rng(self) -> Random:
         copy = Random()

@@ -18,6 +18,8 @@ from smg.api.endpoints import Endpoint
 from smg.errors import ClientGone, GatewayError, ShuttingDown
 from smg.fleet.pool import Pool
 from smg.fleet.registry import Added, ModelsChanged, Registry, Removed, Updated
+from smg.gateway.receipts import HEADER as RECEIPT
+from smg.gateway.receipts import receipted
 from smg.gateway.resolve import key_headers as resolve_key_headers
 from smg.gateway.resolve import model_of, no_pool, pair_pool, routing_key_of
 from smg.gateway.tallies import LANES_MAX, Lane, Tallies
@@ -94,6 +96,8 @@ class Generate:
             lane = self._lanes.get((endpoint.path, call.model, call.is_stream)) or self._lane(call, pool)
             if lane.needs_key:
                 call.routing_key = routing_key_of(fields, self._key_headers)
+            if RECEIPT in fields and fields[RECEIPT] == b"1":
+                lane = receipted(lane, exchange)
             queued_s = 0.0
             admission = self._admission
             ticket = admission.enter(readiness.now_s)

@@ -16,6 +16,9 @@ from smg.policies.policy import Outcome, Policy, Terms, Wants
 from smg.policies.shared_keys import OWN_KEYS, SharedKeys
 from smg.policies.sticky_map import StickyMap
 
+KEYED = frozenset({"manual", "consistent_hashing", "prefix_hash"})
+"""Policies that read routing keys by themselves (RT-5)."""
+
 
 class StickyKey:
     """`inner`, with keys that stick; it answers to the name of `inner`."""
@@ -72,3 +75,13 @@ class StickyKey:
     def terms(self, call: Call, workers: Sequence[Worker], now: float, rng: Random) -> list[Terms]:
         """The costs of `inner`."""
         return self.inner.terms(call, workers, now, rng)
+
+
+def inner_of(policy: Policy) -> Policy:
+    """The policy of the table, without the keys around it."""
+    return policy.inner if isinstance(policy, StickyKey) else policy
+
+
+def obeys_key(policy: Policy) -> bool:
+    """Whether a routing key decides, where a call has one."""
+    return isinstance(policy, StickyKey) or policy.name in KEYED

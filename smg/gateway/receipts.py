@@ -1,0 +1,153 @@
+"""A receipt on demand: who got a request, and why, in a header of its answer (`x-smg-explain: 1`).
+
+Owns the header and what is in it: the worker's id, the policy, which rule decided, how much of the prompt was believed to
+be cached there and what the choice cost, in compact JSON. It stands between dispatch and the policy for requests that ask
+for it and for no others; those that do not ask pay for one look into their headers. A receipt never holds an address of a
+worker, a key or a text, and it never changes a choice.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from random import Random
+from typing import Any
+
+import msgspec
+
+from smg.api.call import Call
+from smg.fleet.worker import Worker
+from smg.gateway.tallies import Lane, PairLane
+from smg.net.exchange import Exchange
+from smg.policies.policy import Outcome, Policy, Terms
+from smg.policies.sticky_key import inner_of, obeys_key
+
+HEADER = b"x-smg-explain"
+"""Asked for in the request, answered in the answer."""
+VALUE_BYTES_MAX = 2_048
+"""Proxies refuse longer lines, and an id and a dozen numbers are a tenth of it."""
+
+
+def receipted(lane: Lane, exchange: Exchange) -> Lane:
+    """The lane of a request that asks for a receipt: what its policies decide is written to the answer's head."""
+    writer = _Writer(exchange)
+    told = copy.copy(lane)
+    told.policy = _Watched(lane.policy, writer, "")
+    told.tells_placed = told.tells_finished = True
+    if isinstance(told, PairLane):
+        prefill = copy.copy(told.prefill)
+        prefill.policy = _Watched(told.prefill.policy, writer, "prefill")
+        prefill.tells_placed = prefill.tells_finished = True
+        told.prefill = prefill
+    return told
+
+
+def blocks_of(policy: Policy, call: Call, block_chars: int) -> int:
+    """Blocks of a call's prompt as the policy counts them; policies without an index count begun blocks of text."""
+    count = getattr(inner_of(policy), "blocks_of", None)
+    if count is not None:
+        return int(count(call))
+    return -(-len(call.text()) // block_chars)
+
+
+class _Writer:
+    """Puts the receipt of the last decision into the head of the answer that is to come."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+        self._others = exchange.extra_lines
+        self._told: dict[str, Any] = {}
+
+    def write(self, leg: str, receipt: dict[str, Any]) -> None:
+        if leg:
+            self._told[leg] = receipt
+        else:
+            self._told = {
+                **receipt,
+                **{name: self._told[name] for name in ("prefill",) if name in self._told},
+            }
+        value = msgspec.json.encode(self._told)
+        if value.isascii() and len(value) <= VALUE_BYTES_MAX:
+            self._exchange.extra_lines = b"%b%b: %b\r\n" % (self._others, HEADER, value)
+
+
+class _Watched:
+    """A policy, and what it decided for one call."""
+
+    def __init__(self, inner: Policy, writer: _Writer, leg: str) -> None:
+        self._inner = inner
+        self._writer = writer
+        self._leg = leg
+        self._decided: tuple[Worker, Terms | None, str] | None = None
+        self.name = inner.name
+        self.wants = inner.wants
+        self.is_random = inner.is_random
+
+    def choose(self, call: Call, workers: Sequence[Worker], now: float, rng: Random) -> Worker | None:
+        """The inner policy's choice; what it weighed is remembered."""
+        state = rng.getstate()
+        by = decided_by(self._inner, call)
+        worker = self._inner.choose(call, workers, now, rng)
+        if worker is not None:
+            spare = Random()
+            spare.setstate(state)
+            rows = self._inner.terms(call, workers, now, spare)
+            self._decided = worker, next((row for row in rows if row.worker_id == worker.id), None), by
+        return worker
+
+    def placed(self, call: Call, worker: Worker, now: float) -> None:
+        """The receipt is written; then the inner policy is told."""
+        decided, self._decided = self._decided, None
+        if decided is not None and decided[0] is worker:
+            self._write(call, worker, decided[1], decided[2])
+        else:
+            rows = self._inner.terms(call, (worker,), now, Random(0))
+            self._write(
+                call, worker, rows[0] if rows else None, "target" if call.target else "only_candidate"
+            )
+        self._inner.placed(call, worker, now)
+
+    def _write(self, call: Call, worker: Worker, terms: Terms | None, by: str) -> None:
+        count = getattr(inner_of(self._inner), "blocks_of", None)
+        receipt: dict[str, Any] = {"chosen": worker.id, "policy": self.name, "decided_by": by}
+        if count is not None:
+            receipt["matched_blocks"] = terms.matched_blocks if terms is not None else 0
+            receipt["blocks"] = int(count(call))
+        if terms is not None and terms.cost is not None:
+            receipt["cost"] = _rounded(terms.cost)
+            parts = {"wait": terms.wait, "prefill": terms.prefill, "penalty": terms.penalty}
+            receipt["terms"] = {name: _rounded(part) for name, part in parts.items() if part is not None}
+        self._writer.write(self._leg, receipt)
+
+    def first_byte(self, call: Call, worker: Worker, ttft_s: float, now: float) -> None:
+        """As `inner` does."""
+        self._inner.first_byte(call, worker, ttft_s, now)
+
+    def finished(self, call: Call, worker: Worker, outcome: Outcome, now: float) -> None:
+        """As `inner` does."""
+        self._inner.finished(call, worker, outcome, now)
+
+    def removed(self, worker: Worker) -> None:
+        """As `inner` does."""
+        self._inner.removed(worker)
+
+    def flushed(self, worker: Worker) -> None:
+        """As `inner` does."""
+        self._inner.flushed(worker)
+
+    def terms(self, call: Call, workers: Sequence[Worker], now: float, rng: Random) -> list[Terms]:
+        """As `inner` does."""
+        return self._inner.terms(call, workers, now, rng)
+
+
+def decided_by(policy: Policy, call: Call) -> str:
+    """Which rule decides when the policy is asked about this call: `owner`, `routing_key` or `policy` (EXP-3)."""
+    follows = getattr(inner_of(policy), "follows", None)
+    if follows is not None and follows(call):
+        return "owner"
+    return "routing_key" if call.routing_key is not None and obeys_key(policy) else "policy"
+
+
+def _rounded(seconds: float) -> float | None:
+    return round(seconds, 6) if math.isfinite(seconds) else None
