@@ -44,6 +44,8 @@ class FrameType(IntEnum):
     """Last frame of a stream: why it is closed (greeting.py has the codes); never answered."""
     DATAGRAM = 12
     """What would be a datagram, in meshes where only streams are protected (TLS without a secret)."""
+    NOTICE = 13
+    """Something the peer should tell its operator (its advertised address cannot be dialled); never answered."""
 
     VECTOR = 32
     """What I have, per namespace and owner; answered by DELTA, WANT, SUMS or SNAP_WANT."""

@@ -58,7 +58,9 @@ class Hello(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
 
 class Refused(msgspec.Struct, array_like=True, frozen=True, gc=False):
-    """The last frame of a stream: why it ends. Act on `code`, show `text`; `name` and `boot` say who refused."""
+    """The last frame of a stream: why it ends. Act on `code`, show `text`; `name` and `boot` say who refused.
+
+    As the body of a NOTICE: what the peer should tell its operator."""
 
     code: Annotated[str, msgspec.Meta(max_length=32)]
     text: Text = ""
@@ -68,6 +70,8 @@ class Refused(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
 LABEL, VERSION, DUPLICATE, BUSY, IDLE = "label", "version", "duplicate", "busy", "idle"
 """Codes of `Refused`: another cluster; no common protocol; we have a stream already; too many; no longer needed."""
+UNREACHABLE = "unreachable"
+"""Code of a NOTICE: the address the peer advertises cannot be dialled from here."""
 
 
 class Keepalive(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -132,6 +136,11 @@ def decode_asked(body: bytes) -> Asked:
 def goodbye(code: str, text: str, name: str, boot: bytes) -> Frame:
     """The frame of a goodbye."""
     return Frame(FrameType.REFUSED, encode(Refused(code, text[:TEXT_BYTES_MAX], name, boot)))
+
+
+def notice(code: str, text: str, name: str, boot: bytes) -> Frame:
+    """The frame of a notice."""
+    return Frame(FrameType.NOTICE, encode(Refused(code, text[:TEXT_BYTES_MAX], name, boot)))
 
 
 def refusal(own: Hello, other: Hello) -> Refused | None:

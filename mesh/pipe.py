@@ -22,6 +22,8 @@ from mesh.transport import ByteStream
 READ_BYTES = 64 * 1024
 WRITE_BYTES = 256 * 1024
 """State asked for at a time: one large write, but small enough that membership frames wait behind little."""
+QUEUE_BYTES_MAX = 4 * 1024 * 1024
+"""Frames that wait in one queue have at most so many bytes together (a single longer one does not exist)."""
 LAST_WORDS_S = 0.25
 """A stream we close in order gets this long to send what it has."""
 
@@ -34,6 +36,12 @@ class RefusedError(WeatherError):
     def __init__(self, refused: Refused) -> None:
         super().__init__(f"refused: {refused.code}: {refused.text}" if refused.text else refused.code)
         self.refused = refused
+
+
+class KnockError(WeatherError):
+    """Somebody connected and left without a byte: a peer's or a load balancer's look whether we can be reached."""
+
+    code = "knock"
 
 
 class End(Enum):
@@ -77,9 +85,11 @@ class Pipe:
     __slots__ = (
         "_early",
         "_ears",
+        "_has_heard",
         "_is_closing",
         "_is_goodbye",
         "_queue",
+        "_queue_bytes",
         "_queue_max",
         "_raw",
         "_scope",
@@ -109,10 +119,12 @@ class Pipe:
         self._ears = ears
         self._queue: deque[Frame] = deque()
         self._queue_max = queue_frames_max
+        self._queue_bytes = 0
         self._early: list[Frame] = []
         """Frames that came in the same read as the greeting."""
         self._wake = trio.Event()
         self._scope = trio.CancelScope()
+        self._has_heard = False
         self._is_closing = False
         self._is_goodbye = False
         self.is_dialer = is_dialer
@@ -204,7 +216,8 @@ class Pipe:
     async def _more(self) -> bytes:
         data = await self._raw.receive_some(READ_BYTES)
         if not data:
-            raise WeatherError("closed before it was open")
+            raise WeatherError("closed before it was open") if self._has_heard else KnockError("nothing said")
+        self._has_heard = True
         return data
 
     async def _first(self) -> Frame:
@@ -216,10 +229,11 @@ class Pipe:
 
     def send(self, frame: Frame) -> None:
         """Queue a frame; when the queue is full the oldest goes, which by then says little."""
-        if len(self._queue) >= self._queue_max:
-            self._queue.popleft()
-            self.dropped += 1
         self._queue.append(frame)
+        self._queue_bytes += len(frame.body)
+        while len(self._queue) > self._queue_max or self._queue_bytes > QUEUE_BYTES_MAX:
+            self._queue_bytes -= len(self._queue.popleft().body)
+            self.dropped += 1
         self._wake.set()
 
     def wake(self) -> None:
@@ -306,6 +320,7 @@ class Pipe:
         """Bytes of all that waits: the queue first, then state."""
         frames = list(self._queue)
         self._queue.clear()
+        self._queue_bytes = 0
         if not self._is_closing:
             frames += self._ears.state_for(self, WRITE_BYTES)
         for frame in frames:

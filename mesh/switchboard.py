@@ -17,7 +17,7 @@ from mesh.advertise import Advertised
 from mesh.bell import Bell
 from mesh.errors import DecodeError, SealError
 from mesh.frames import STATE_TYPES, Frame, FrameType
-from mesh.greeting import Hello, Keepalive, decode_keepalive, encode
+from mesh.greeting import Hello, Keepalive, decode_keepalive, decode_refused, encode
 from mesh.hooks import Hooks
 from mesh.member import PROTOCOL_MAX, PROTOCOL_MIN, Address, Member
 from mesh.messages import (
@@ -330,6 +330,9 @@ class Switchboard:
             pipe.peer_digest, pipe.peer_fingerprint = keepalive.digest[:8], keepalive.fingerprint
             if pipe.peer_digest == self.digest():
                 pipe.equal_s = trio.current_time()
+        elif kind == FrameType.NOTICE:
+            told = decode_refused(frame.body)
+            self.log("notice", peer=peer.name, code=told.code, text=told.text)
         else:
             self._count("frames_unknown")
 

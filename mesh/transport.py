@@ -8,9 +8,11 @@ as on any network, and counted. Tests put another `Transport` in its place.
 from __future__ import annotations
 
 import errno
+import ipaddress
 import os
 import socket
 import ssl
+from functools import lru_cache
 from typing import Protocol
 
 import trio
@@ -215,10 +217,12 @@ class NetTransport:
 
     def send(self, data: bytes, address: Address) -> bool:
         """See `Transport.send`."""
-        if self._datagrams is None or len(data) > PACKET_BYTES_MAX:
+        # A name in a peer's record must not make us wait for a resolver: only what is numeric is sent to.
+        family = _family(address[0])
+        if self._datagrams is None or family is None or len(data) > PACKET_BYTES_MAX:
             return False
         try:
-            self._datagrams.sendto(data, self._sockaddr(address))
+            self._datagrams.sendto(data, self._sockaddr(address, family))
         except OSError:
             # Full buffer, no route, a firewall's EPERM, an address of the other family: all the same as lost.
             self.dropped += 1
@@ -233,7 +237,9 @@ class NetTransport:
     def receive_nowait(self, most: int) -> list[tuple[bytes, Address]]:
         """See `Transport.receive_nowait`."""
         found: list[tuple[bytes, Address]] = []
-        while self._datagrams is not None and len(found) < most:
+        for _ in range(2 * most):
+            if self._datagrams is None or len(found) >= most:
+                break
             try:
                 # One byte more than allowed, so that longer ones are seen to be too long.
                 data, sockaddr = self._datagrams.recvfrom(PACKET_BYTES_MAX + 1)
@@ -245,38 +251,44 @@ class NetTransport:
                 found.append((data, _address(sockaddr)))
         return found
 
-    def _sockaddr(self, address: Address) -> Address:
-        host, port = address
-        if self._family == socket.AF_INET6 and ":" not in host:
-            return (f"::ffff:{host}", port)
+    def _sockaddr(self, address: Address, family: int) -> Address:
+        if self._family == socket.AF_INET6 and family == socket.AF_INET:
+            return (f"::ffff:{address[0]}", address[1])
         return address
 
     # -- streams
 
     async def dial(self, address: Address) -> ByteStream:
         """See `Transport.dial`."""
-        family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        connection = trio.socket.socket(family, socket.SOCK_STREAM)
+        family = _family(address[0])
+        if family is None:
+            raise DialError(f"{address[0]!r} is not an IP address")
+        connection: trio.socket.SocketType | None = None
+        stream: TcpStream | None = None
         try:
+            connection = trio.socket.socket(family, socket.SOCK_STREAM)
             await connection.connect(address)
+            stream = TcpStream(trio.SocketStream(connection), self._tls, is_dialer=True)
         except OSError as error:
-            connection.close()
             is_refused = error.errno == errno.ECONNREFUSED
             text = os.strerror(error.errno) if error.errno else str(error)
             raise DialError(text, is_refused) from error
-        except BaseException:
-            connection.close()
-            raise
-        return TcpStream(trio.SocketStream(connection), self._tls, is_dialer=True)
+        finally:
+            if stream is None and connection is not None:
+                connection.close()
+        return stream
 
     async def accept(self) -> ByteStream:
         """See `Transport.accept`."""
         while True:
             assert self._listener is not None
+            connection: trio.socket.SocketType | None = None
             try:
                 connection, _ = await self._listener.accept()
                 return TcpStream(trio.SocketStream(connection), self._tls, is_dialer=False)
             except OSError as error:
+                if connection is not None:
+                    connection.close()
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                     await trio.sleep(ACCEPT_PAUSE_S)
                 elif error.errno == errno.EBADF:
@@ -302,6 +314,15 @@ class NetTransport:
             except OSError:
                 return None
             return bare_host(str(probe.getsockname()[0]))
+
+
+@lru_cache(maxsize=8192)
+def _family(host: str) -> int | None:
+    """AF_INET or AF_INET6; None for what is no IP address. Cached: two table's worth of hosts."""
+    try:
+        return socket.AF_INET6 if ipaddress.ip_address(host).version == 6 else socket.AF_INET
+    except ValueError:
+        return None
 
 
 def _tune(connection: trio.socket.SocketType) -> None:

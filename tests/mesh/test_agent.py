@@ -141,7 +141,7 @@ async def test_a_leave_is_known_at_once_is_never_suspected_and_takes_what_is_own
         a, b, c = await play.mesh("abc")
         c.agent.state.put(OWNED, b"url", b"1")
         c.agent.state.put(CONF, b"stays", b"1")
-        await play.until(lambda: a.agent.state.get(OWNED, b"url", "c") == b"1", 1.0)
+        await play.until(lambda: all(n.agent.state.get(OWNED, b"url", "c") == b"1" for n in (a, b)), 1.0)
         start_s = trio.current_time()
         await c.agent.leave()
         assert trio.current_time() - start_s <= 1.0

@@ -308,7 +308,7 @@ async def test_ourselves_among_the_seeds_are_recognized_sealed_and_plain() -> No
             assert a.sees() == {}
             assert a.agent.counts().get("seal_stream_own", 0) <= 6, "tried seldom"
             assert not [event for event, _ in a.logs if event == "stream_failed"]
-            assert not a.agent._board.streams._echoes
+            assert not a.agent._board.streams._doors._echoes
 
 
 @in_virtual_time
@@ -339,3 +339,59 @@ async def test_the_larger_name_dials_when_the_smaller_cannot() -> None:
         await trio.sleep(10)
         (of_b,) = b.agent._board.streams.bound()
         assert of_b.is_dialer and play.all_alive()
+
+
+@in_virtual_time
+async def test_who_advertises_an_address_that_nobody_can_dial_is_told() -> None:
+    async with world() as play:
+        a = await play.start("a")
+        await trio.sleep(1)
+        b = await play.start("b", [f"{a.host}:7946"], advertise="10.9.9.9:7946")
+        play.net.cut("10.9.9.9")
+        await play.until(lambda: any(event == "notice" for event, _ in b.logs), 5.0)
+        (told,) = [fields for event, fields in b.logs if event == "notice"]
+        assert told["code"] == "unreachable" and told["peer"] == "a"
+        assert "a cannot reach b at its advertised address 10.9.9.9:7946" in told["text"]
+        await trio.sleep(20)
+        assert a.sees() == {"b": "alive"}, "its stream serves it"
+        c = await play.start("c", [f"{a.host}:7946"])
+        await trio.sleep(10)
+        assert not [event for event, _ in c.logs if event == "notice"]
+
+
+@in_virtual_time
+async def test_a_look_whether_we_can_be_reached_is_no_stranger() -> None:
+    async with world() as play:
+        a = await play.start("a")
+        prober = MemoryTransport(play.net, "10.66.0.1")
+        for _ in range(5):
+            await (await prober.dial(a.agent.address)).aclose()
+        await trio.sleep(1)
+        counts = a.agent.counts()
+        assert counts["stream_knocks"] == 5 and "stream_strangers" not in counts and not a.logs
+
+
+@in_virtual_time
+async def test_a_newcomer_finds_a_place_though_all_neighbours_are_taken() -> None:
+    async with world() as play:
+        sizes = {"full_mesh_max": 4, "neighbours": 2}
+        first = await play.start("n00", **sizes)
+        for number in range(1, 14):
+            await play.start(f"n{number:02d}", [f"{first.host}:7946"], **sizes)
+        await trio.sleep(30)
+        assert play.all_alive()
+        for number in range(14, 17):
+            await play.start(f"n{number:02d}", [f"{first.host}:7946"], **sizes)
+            assert await play.until(play.all_alive, 10.0) <= 1.0
+
+
+@in_virtual_time
+async def test_the_queue_of_a_pipe_is_bounded_in_bytes_too() -> None:
+    async with world() as play, trio.open_nursery() as nursery:
+        a = await play.start("a")
+        peer = Stranger(play, "b", "10.7.7.7", b"b-boot-1")
+        _, pipe = await peer.greeted(a.agent.address, nursery)
+        for _ in range(7):
+            pipe.send(Frame(99, bytes(1_000_000)))
+        assert pipe.dropped == 3
+        nursery.cancel_scope.cancel()

@@ -106,6 +106,14 @@ async def test_what_the_kernel_does_not_take_is_counted() -> None:
         assert one.receive_nowait(1) == []
 
 
+async def test_names_in_place_of_addresses_are_never_resolved_on_the_way_out() -> None:
+    async with opened() as (one, port):
+        for host in ("localhost", "a.example", "x" * 70, "", "1.2.3", "\u2603"):
+            assert not one.send(b"x", (host, port))
+            with pytest.raises(DialError, match="not an IP address"):
+                await one.dial((host, port))
+
+
 async def test_a_port_that_is_taken_is_refused_in_words() -> None:
     async with opened() as (_, port):
         with pytest.raises(SettingsError, match=f"cannot listen on 127.0.0.1:{port}: Address already in use"):
