@@ -50,7 +50,7 @@ class SharedLoads:
         self._live = live
         self._rules = rules
         self._owed_ms = owed_ms
-        self._told: dict[int, tuple[tuple[bytes, int, int], ...]] = {}  # what each of our values says
+        self._told: dict[int, list[tuple[bytes, int]]] = {}  # what each of our values says
         self._refs: dict[bytes, Worker] = {}
         self._by_node: dict[
             tuple[str, bytes], dict[bytes, tuple[int, int]]
@@ -67,27 +67,26 @@ class SharedLoads:
 
     def look(self) -> None:
         """Tell what changed of our requests in flight since the last look; nothing changed, nothing said."""
-        rows = [
-            (ref, worker.in_flight, min(int(self._owed_ms(worker)), 0xFFFFFFFF))
-            for ref, worker in self._refs.items()
-            if worker.in_flight
-        ]
-        pages = {
-            page: tuple(rows[at : at + ROWS_MAX]) for page, at in enumerate(range(0, len(rows), ROWS_MAX))
-        }
+        rows = [(ref, worker.in_flight) for ref, worker in self._refs.items() if worker.in_flight]
+        if not rows and not self._told:
+            return
+        pages = {page: rows[at : at + ROWS_MAX] for page, at in enumerate(range(0, len(rows), ROWS_MAX))}
         for page in self._told.keys() - pages.keys():
             del self._told[page]
             self._state.remove(LOAD, page.to_bytes(2, "big"))
         for page, told in pages.items():
-            known = self._told.get(page)
             # Prefill drains by itself, as every reader knows; only requests that come and go are news.
-            if known is not None and [row[:2] for row in known] == [row[:2] for row in told]:
+            if self._told.get(page) == told:
                 continue
+            burden = Burden(VERSION, tuple((ref, count, self._owed(ref)) for ref, count in told))
             try:
-                self._state.put(LOAD, page.to_bytes(2, "big"), words.encode(Burden(VERSION, told)))
+                self._state.put(LOAD, page.to_bytes(2, "big"), words.encode(burden))
             except BoundError:
                 continue
             self._told[page] = told
+
+    def _owed(self, ref: bytes) -> int:
+        return min(max(0, int(self._owed_ms(self._refs[ref]))), 0xFFFFFFFF)
 
     # -- theirs
 
@@ -109,9 +108,10 @@ class SharedLoads:
                 if owner != self._name:
                     self.on_load(Put(LOAD, owner, key, value))
 
-    def prefill_ms(self, worker: Worker) -> int:
-        """Milliseconds of prefill that peers had not seen the end of on a worker, at their last word."""
-        return self._sums.get(words.worker_ref(worker.id), [0, 0])[1]
+    def of_peers(self) -> tuple[int, float]:
+        """(requests in flight, seconds of prefill not done) of all peers, at their last word."""
+        requests = sum(sums[0] for sums in self._sums.values())
+        return requests, sum(sums[1] for sums in self._sums.values()) / 1000
 
     def _replace(self, source: tuple[str, bytes], rows: dict[bytes, tuple[int, int]]) -> None:
         before = self._by_node.pop(source, {})

@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from random import Random
 
+import msgspec
 import trio
 
 from mesh import BoundError, WeatherError
 from smg.api.call import Call
 from smg.bridge import rendezvous, words
 from smg.bridge.peers import Peers
-from smg.bridge.prefixes import SharedPrefixes, cache_aware_of
+from smg.bridge.prefixes import SharedPrefixes, cache_aware_of, is_sticky
 from smg.bridge.words import PLACEMENT, VERSION, Asked, Told
 from smg.fleet.registry import Registry
 from smg.fleet.worker import Kind, Worker
@@ -38,6 +39,14 @@ RESULTS = ("followed", "late", "failed", "refused", "resting")
 """What became of questions: the answer counted; none in time; the stream broke; the owner knew no worker; not asked."""
 
 
+class Worth(msgspec.Struct, frozen=True, gc=False):
+    """A question that is worth asking."""
+
+    owner: str
+    policy: CacheAware
+    question: Question
+
+
 class _Rest:
     __slots__ = ("misses", "until_s")
 
@@ -47,7 +56,8 @@ class _Rest:
 
 
 class Owners:
-    """See the module. `ask` is `Agent.ask`; `policy_of` gives the policy of a model and leg, made if need be."""
+    """See the module. `ask` is `Agent.ask`; `policy_of` gives the policy of a model, made if need be; `waited` is told
+    how long each answer took."""
 
     def __init__(
         self,
@@ -59,6 +69,7 @@ class Owners:
         policy_of: Callable[[str], Policy],
         clock: Callable[[], float],
         rng: Random,
+        waited: Callable[[float], None],
         is_on: bool = True,
     ) -> None:
         self._peers = peers
@@ -68,22 +79,21 @@ class Owners:
         self._policy_of = policy_of
         self._clock = clock
         self._rng = rng
+        self._waited = waited
         self._is_on = is_on
         self._rests: dict[str, _Rest] = {}
         self.counts = dict.fromkeys(RESULTS, 0)
         self.answered = 0
         """Questions of peers that this node answered with a worker."""
-        self.waited_s = 0.0
-        """Sum of the waits for answers that came."""
 
     # -- asking
 
-    def owner_of(self, call: Call, policy: Policy) -> tuple[str, CacheAware, Question] | None:
+    def worth(self, call: Call, policy: Policy) -> Worth | None:
         """Who should decide instead of us, and what to ask; None when nobody should. Changes nothing."""
         if not self._is_on or self._peers.count < 2:
             return None
         cache_aware = cache_aware_of(policy)
-        if cache_aware is None or (call.routing_key and policy is not cache_aware):
+        if cache_aware is None or (call.routing_key and is_sticky(policy)):
             return None  # a key that sticks is decided by the sticky map
         question = cache_aware.question(call)
         if len(question.blocks) > BLOCKS_MAX or cache_aware.uncached_s(question) < WORTH_S:
@@ -96,35 +106,31 @@ class Owners:
         owner = rendezvous.first(session.to_bytes(8, "big"), nodes)
         if owner is None or owner == peers.name or not peers.is_well(owner):
             return None
-        return owner, cache_aware, question
+        return Worth(owner, cache_aware, question)
 
-    async def consult(self, call: Call, policy: Policy) -> str | None:
-        """Ask the owner of this call's session if it is worth it; the next `choose` of the call follows its answer.
+    async def consult(self, call: Call, worth: object) -> str | None:
+        """Ask the owner of this call's session; the next `choose` of the call follows its answer.
 
         The owner's name when it answered, else None. Waits `PATIENCE_S` at most.
         """
-        found = self.owner_of(call, policy)
-        if found is None:
-            return None
-        owner, cache_aware, question = found
-        decision = await self._decision(owner, call, question, books=True)
+        assert isinstance(worth, Worth)
+        decision = await self._decision(worth.owner, call, worth.question, books=True)
         if decision is None:
             return None
-        cache_aware.follow(call, decision)
-        return owner
+        worth.policy.follow(call, decision)
+        return worth.owner
 
     async def predict(
         self, call: Call, policy: Policy, candidates: Sequence[Worker]
     ) -> tuple[Worker, str] | None:
         """Whom the owner would choose, and its name, for `explain`; books nothing anywhere."""
-        found = self.owner_of(call, policy)
-        if found is None:
+        worth = self.worth(call, policy)
+        if worth is None:
             return None
-        owner, _, question = found
-        decision = await self._decision(owner, call, question, books=False)
+        decision = await self._decision(worth.owner, call, worth.question, books=False)
         for worker in candidates:
             if decision is not None and worker.id == decision.worker_id:
-                return worker, owner
+                return worker, worth.owner
         return None
 
     async def _decision(self, owner: str, call: Call, question: Question, *, books: bool) -> Decision | None:
@@ -158,7 +164,7 @@ class Owners:
             self._missed(owner)
             return None
         self._rests.pop(owner, None)
-        self.waited_s += trio.current_time() - started_s
+        self._waited(trio.current_time() - started_s)
         told = words.read_told(answer)
         worker_id = "" if told is None else words.id_of_key(told.worker_id)
         if told is None or not worker_id:

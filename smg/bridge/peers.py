@@ -7,6 +7,7 @@ nothing about members; the mesh does.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from mesh import Agent, Member, Status
 from smg.bridge import words
@@ -21,10 +22,12 @@ SILENT_S = 5.0
 
 
 class Peers:
-    """See the module. `refresh` several times a second and with each event; everything else only reads."""
+    """See the module. `refresh` several times a second and with each event; everything else only reads. `observe` is
+    told each delay that was timed."""
 
-    def __init__(self, agent: Agent, parameters: Parameters) -> None:
+    def __init__(self, agent: Agent, parameters: Parameters, observe: Callable[[float], None]) -> None:
         self._agent = agent
+        self._observe = observe
         self._parameters = parameters
         self.name = agent.name
         self.live_names: tuple[str, ...] = ()
@@ -94,6 +97,7 @@ class Peers:
     def timed(self, name: str, age_s: float) -> None:
         """News of a peer arrived, so old when it was sent; the way here is half a round trip."""
         sample_s = age_s + self.rtt_s(name) / 2
+        self._observe(sample_s)
         known = self._lag_s.get(name)
         self._lag_s[name] = sample_s if known is None else known + LAG_SHARE * (sample_s - known)
 

@@ -21,7 +21,7 @@ from smg.fleet.worker import Kind, Worker
 from smg.policies.cache_aware import CacheAware
 from smg.policies.neighbours import News
 from smg.policies.policy import Policy
-from smg.policies.sticky_key import StickyKey
+from smg.policies.sticky_key import StickyKey, inner_of
 
 PREFIX = "prefix"
 FLUSH_S = 0.1
@@ -328,11 +328,19 @@ class ModelNeighbours:
         self._prefixes.tell(self._model, news, now)
 
 
-def cache_aware_of(policy: object) -> CacheAware | None:
+def cache_aware_of(policy: Policy | None) -> CacheAware | None:
     """The `cache_aware` policy in this one, if there is one."""
-    if isinstance(policy, StickyKey):
-        policy = policy.inner
-    return policy if isinstance(policy, CacheAware) else None
+    found = None if policy is None else inner_of(policy)
+    return found if isinstance(found, CacheAware) else None
+
+
+def is_sticky(policy: object) -> bool:
+    """Do routing keys stick under this policy, whatever it wraps?"""
+    while policy is not None:
+        if isinstance(policy, StickyKey):
+            return True
+        policy = getattr(policy, "inner", None)
+    return False
 
 
 def _items_of(model: str, news: News, age_ms: int, asker: int) -> Iterator[Placed]:

@@ -12,8 +12,6 @@ from smg.settings_flag import env_name
 _NAMES = """
 processes
 
-overload-token-usage-threshold eviction-interval-secs eviction-interval block-size cache-ttl-secs kv-events record-trace
-
 priority-scheduler-enabled priority-scheduler-config priority-scheduler-default-max-class tenant-rate-limit-enabled
 tenant-rate-limit-config
 

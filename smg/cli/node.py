@@ -14,23 +14,25 @@ from random import Random
 
 import trio
 
+from mesh.transport import Transport
 from smg import __version__
 from smg.backends.http_worker import HttpWorkers
 from smg.backends.prefill_decode import PrefillDecode
+from smg.bridge.identity import cluster_seed
+from smg.bridge.mesh_node import MeshNode, Parts
+from smg.bridge.meters import mesh_meters
 from smg.cli.access import Access
+from smg.cli.caches import Caches
 from smg.cli.flags import Given
 from smg.discovery import sources_of
 from smg.discovery.file import BrokenFile, File, parse
 from smg.discovery.static import specs_of
 from smg.errors import GatewayError, SettingsError
-from smg.fleet.block_hashes import BlockHasher, BlockSettings
 from smg.fleet.breaker import Breaker, BreakerRules
 from smg.fleet.health import Health, HealthRules
 from smg.fleet.load import ReportRules
-from smg.fleet.prefix_index import IndexSettings, PrefixIndex
 from smg.fleet.registry import Change, ModelsChanged, Registry, Removed, Updated
 from smg.fleet.retry import RetryBudget, RetryRules
-from smg.fleet.service_model import PrefillModels
 from smg.fleet.worker import Worker, WorkerSpec
 from smg.gateway import problem
 from smg.gateway.app import App
@@ -39,7 +41,7 @@ from smg.gateway.explain import Explain
 from smg.gateway.fan_out import FanOut
 from smg.gateway.gates import Cors
 from smg.gateway.generate import Generate, Runner
-from smg.gateway.mesh_api import NoMesh
+from smg.gateway.mesh_api import MeshApi, NoMesh
 from smg.gateway.models import Models
 from smg.gateway.pair_dispatch import PairDispatch
 from smg.gateway.probes import Probes
@@ -53,8 +55,6 @@ from smg.net.plain import PlainHandler, Request, Response, plain
 from smg.net.pool import ConnectionPool
 from smg.net.readiness import Readiness
 from smg.net.server import Server
-from smg.policies import POLICIES
-from smg.policies.cache_aware import CacheAware, cache_aware_settings
 from smg.policies.policy import Policy
 from smg.policies.routing_table import PolicyTable
 from smg.services.drain import Drains
@@ -83,7 +83,12 @@ class Node:
     """
 
     def __init__(
-        self, settings: Settings, readiness: Readiness, rng: Random, given: Given | None = None
+        self,
+        settings: Settings,
+        readiness: Readiness,
+        rng: Random,
+        given: Given | None = None,
+        mesh_transport: Transport | None = None,
     ) -> None:
         self._settings = settings
         self._readiness = readiness
@@ -120,18 +125,25 @@ class Node:
             is_dp_aware=settings.workers.dp_aware,
         )
         self._drains = Drains(self.registry, log=logs.logger("smg.workers"))
-        self.rosters = Rosters(self.registry, self._jobs, client.fetch, log=logs.logger("smg.discovery"))
+        self._rosters = Rosters(self.registry, self._jobs, client.fetch, log=logs.logger("smg.discovery"))
+        has_mesh = settings.mesh.ha_mesh
+        seed = cluster_seed(settings.mesh) if has_mesh else rng.getrandbits(64)
+        self._caches = Caches(settings.routing, self.registry, seed)
+        self.mesh = self._make_mesh(mesh_transport) if has_mesh else None
         self._reports = LoadReports(
             self.registry,
             client.fetch,
             _report_rules(settings),
             rng=rng,
             refused=self._probes_service.note_refused,
+            share=self.mesh,
         )
-        self._index = PrefixIndex(IndexSettings(bytes_max=settings.routing.max_tree_size))
-        self._hasher = BlockHasher(BlockSettings(cluster_seed=rng.getrandbits(64)))
-        self._fits = PrefillModels()
-        self._policies = PolicyTable(settings.routing, self.registry, self._make_policy)
+        self._policies = PolicyTable(
+            settings.routing,
+            self.registry,
+            self._make_policy,
+            self.mesh.keys_of if self.mesh is not None else None,
+        )
         origins = settings.listening.cors_allowed_origins
         self._cors = Cors(origins) if origins else None
         self._admission = admission_of(settings.limits, os.cpu_count() or 1, trio.current_time())
@@ -159,9 +171,12 @@ class Node:
         yield self._probes_service.run
         yield self._jobs.run
         yield self._drains.run
-        yield self.rosters.run
+        yield self._rosters.run
+        if self.mesh is not None:
+            yield self.mesh.run
         if not self._settings.load_polls.disable_load_monitoring:
             yield self._reports.run
+        yield from self._caches.services()
         if self._tracer is not None:
             yield self._tracer.run
         if self._access.key_sets is not None:
@@ -172,6 +187,8 @@ class Node:
         """Ends what is not a task and not a socket of ours: the exporter, once all services have ended."""
         if self._sender is not None:
             self._sender.close()
+        if self.mesh is not None:
+            self.mesh.close()
 
     def server(self) -> Server:
         """The serving port."""
@@ -197,10 +214,50 @@ class Node:
 
     def _make_policy(self, name: str, model: str) -> Policy:
         """A policy off the shelf; those of `cache_aware` share index, hashes and fits over all models."""
-        routing = self._settings.routing
-        if name != CacheAware.name:
-            return POLICIES[name](routing)
-        return CacheAware(model, cache_aware_settings(routing), self._index, self._hasher, self._fits)
+        neighbours = self.mesh.neighbours(model) if self.mesh is not None and name == "cache_aware" else None
+        return self._caches.make_policy(name, model, neighbours)
+
+    def _make_mesh(self, transport: Transport | None) -> MeshNode:
+        """The rooms that share what this node knows; its lists of workers then go through them."""
+        jobs = self._jobs
+        mesh = MeshNode(
+            self._settings,
+            Parts(
+                registry=self.registry,
+                index=self._caches.index,
+                blocks=self._caches.hasher.settings,
+                report_rules=_report_rules(self._settings),
+                report=self._rosters.report,
+                drain=jobs.drain,
+                probe=self._probes_service.note_refused,
+                policy_known=lambda model, kind: self._policies.known(model, kind),
+                policy_of=lambda model: self._policies.policy_for(model),
+                clock=lambda: self._readiness.now_s,
+                meters=mesh_meters(self.metrics),
+                log=logs.logger("smg.mesh"),
+            ),
+            self._rng,
+            transport=transport,
+        )
+        jobs.subscribe_added(mesh.workers.added)
+        jobs.subscribe_edited(mesh.workers.edited)
+        jobs.subscribe_deleted(mesh.workers.deleted)
+        self.metrics.add_source(mesh.samples)
+        return mesh
+
+    def reporter(self, source: str) -> Callable[[tuple[WorkerSpec, ...]], None]:
+        """What a source of discovery reports to."""
+        return (self.mesh.workers if self.mesh is not None else self._rosters).reporter(source)
+
+    async def bind(self) -> None:
+        """Takes the mesh port, if there is a mesh. Raises `SettingsError` (CLI-9)."""
+        if self.mesh is not None:
+            await self.mesh.bind()
+
+    async def leave(self) -> None:
+        """Says farewell to the mesh, if there is one (LIFE-7); two seconds at most."""
+        if self.mesh is not None:
+            await self.mesh.wait_left()
 
     def _make_app(self, client: Client) -> App:
         settings = self._settings
@@ -218,6 +275,7 @@ class Node:
             resend_bytes_max=settings.listening.max_buffered_request_bytes,
             sheds_overload=settings.routing.worker_overload_shed
             and settings.routing.protects_from_overload(),
+            owners=self.mesh.owners if self.mesh is not None else None,
         )
         runner: Runner = dispatch
         if settings.pd.pd_disaggregation:
@@ -275,7 +333,7 @@ class Node:
     def _use_worker_key(self, settings: Settings) -> None:
         """A key for workers was replaced: those without a key of their own get it (FLG-4)."""
         self._worker_key = settings.workers.worker_api_key
-        self.rosters.report("flags", specs_of(settings))
+        self.reporter("flags")(specs_of(settings))
         self._look_again()
 
     def _look_again(self) -> None:
@@ -297,7 +355,7 @@ class Node:
         models = Models(self.registry)
         workers = WorkersApi(self.registry, self._jobs)
         fan_out = FanOut(self.registry, client.fetch, self._reports.ask_now)
-        mesh = NoMesh()
+        mesh = NoMesh() if self.mesh is None else MeshApi(self.mesh)
         explain = Explain(
             self.registry,
             self._policies,
@@ -307,6 +365,7 @@ class Node:
             keys_override=settings.routing.routing_key_override,
             sheds_overload=settings.routing.worker_overload_shed
             and settings.routing.protects_from_overload(),
+            owners=self.mesh.owners if self.mesh is not None else None,
         )
         return {
             "liveness": self._probes.liveness,
@@ -390,6 +449,7 @@ class Node:
         yield "smg_http_rate_limit_total", ("allowed",), float(self._admission.admitted_total)
         yield "smg_http_rate_limit_total", ("rejected",), float(self._admission.rejected_total)
         yield from worker_samples(self.registry.workers(), self._readiness.now_s)
+        yield from self._caches.samples()
         for _, policy in self._policies.policies():
             branches: Mapping[str, int] = getattr(policy, "branches", {})
             for branch, count in branches.items():

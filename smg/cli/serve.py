@@ -52,7 +52,13 @@ async def serve(settings: Settings, given: Given | None = None) -> int:
         for warning in warnings(settings):
             node.log.warn(warning)
         try:
+            await node.bind()
             return await _run(node, listeners, readiness, settings, log)
+        except BaseExceptionGroup as group:
+            wrong = _only_settings_error(group)
+            if wrong is None:
+                raise
+            raise wrong from None
         finally:
             node.close()
     finally:
@@ -114,6 +120,7 @@ async def _run(
             await services.start(_exit_on_second, signals)
             grace_s = settings.listening.shutdown_grace_period_secs
             node.log.info("draining", grace_secs=grace_s)
+            services.start_soon(node.leave)  # LIFE-7: the peers know before the listener closes
             await drain(node.start_draining, serving, grace_s)
             services.cancel_scope.cancel()
     return 0
@@ -125,7 +132,7 @@ async def _start_services(services: trio.Nursery, node: Node, settings: Settings
     services.start_soon(watch_loop_delay, node.metrics)
     services.start_soon(_reload_on_hangup, node.reload)
     for source in node.sources:
-        await services.start(source.run, node.rosters.reporter(source.name))
+        await services.start(source.run, node.reporter(source.name))
 
 
 async def drain(start_draining: Callable[[], None], server: Server, grace_s: float) -> None:
@@ -141,6 +148,17 @@ async def drain(start_draining: Callable[[], None], server: Server, grace_s: flo
     server.cut_off()
     with trio.move_on_after(LAST_WORDS_S):
         await server.wait_closed()
+
+
+def _only_settings_error(group: BaseExceptionGroup[BaseException]) -> SettingsError | None:
+    """The mistake in the settings that ended the services, such as a name that another node has."""
+    found, rest = group.split(SettingsError)
+    if found is None or rest is not None:
+        return None
+    error: BaseException = found
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error if isinstance(error, SettingsError) else None
 
 
 async def _reload_on_hangup(reload: Reload) -> None:

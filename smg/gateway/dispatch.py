@@ -27,6 +27,7 @@ from smg.fleet.pool import Pool
 from smg.fleet.retry import RetryBudget, RetryRules, is_failure
 from smg.fleet.worker import Worker
 from smg.gateway import problem
+from smg.gateway.mesh_api import SessionOwners
 from smg.gateway.relay import (
     BODYLESS,
     HELD_BYTES_MAX,
@@ -72,6 +73,7 @@ class Dispatch:
 
     `timeout_s` bounds a request with all its retries (RTY-5). `resend_bytes_max`: a larger body is sent once, so that
     it need not stay in memory for retries. `note_refused` is told of refused connections, for a probe at once (HLT-2).
+    `owners`: other nodes of a mesh, which decide for some requests.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class Dispatch:
         timeout_s: float,
         resend_bytes_max: int,
         sheds_overload: bool,
+        owners: SessionOwners | None = None,
     ) -> None:
         self._workers = workers
         self._rules = rules
@@ -102,6 +105,7 @@ class Dispatch:
         self._timeout_s = timeout_s
         self._resend_bytes_max = resend_bytes_max
         self._sheds_overload = sheds_overload
+        self._owners = owners
 
     async def run(self, exchange: Exchange, call: Call, pool: Pool, lane: Lane, query: bytes) -> int:
         """Answers `exchange` from a worker of `pool`; the status that was sent.
@@ -117,6 +121,12 @@ class Dispatch:
         if len(candidates) == 1:
             worker = candidates[0]
         else:
+            if self._owners is not None:
+                worth = self._owners.worth(call, lane.policy)
+                if worth is not None:
+                    await self._owners.consult(call, worth)
+                    now = self._readiness.now_s
+                    candidates = self.candidates(call, pool, now)  # some milliseconds have passed
             chosen = lane.policy.choose(call, candidates, now, self._choice_rng)
             if chosen is None:
                 raise problem.no_available_workers()

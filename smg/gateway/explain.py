@@ -18,6 +18,7 @@ from smg.errors import GatewayError
 from smg.fleet.pool import Pool
 from smg.fleet.registry import Registry
 from smg.fleet.worker import Worker
+from smg.gateway.mesh_api import SessionOwners
 from smg.gateway.receipts import blocks_of, decided_by
 from smg.gateway.resolve import key_headers, model_of, pool_of, routing_key_of
 from smg.net.plain import Request, Response, json_response
@@ -41,7 +42,8 @@ class Explain:
 
     `rng` is the random state that dispatch chooses with; it is copied, never used. `now_s` is the clock of dispatch.
     `keys_override`: every policy obeys routing keys (`--routing-key-override`). `sheds_overload`: nobody gets a request
-    while all are overloaded (`--worker-overload-shed`).
+    while all are overloaded (`--worker-overload-shed`). `owners`: other nodes of a mesh, which decide for some requests;
+    they are asked, and book nothing.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Explain:
         sheds_overload: bool = False,
         block_chars: int = BLOCK_CHARS,
         body_bytes_max: int | None = None,
+        owners: SessionOwners | None = None,
     ) -> None:
         self._registry = registry
         self._policies = policies
@@ -66,6 +69,7 @@ class Explain:
         self._sheds_overload = sheds_overload
         self._block_chars = block_chars
         self._body_bytes_max = body_bytes_max
+        self._owners = owners
 
     async def explain(self, request: Request) -> Response:
         """200 with every worker of the model and the one that would be chosen. Raises `GatewayError` as section 8."""
@@ -91,13 +95,25 @@ class Explain:
             target=target or None,
             request_id=request.request_id,
         )
-        return json_response(200, self._explained(call, pool, policy))
+        foreseen = None
+        if self._owners is not None and not call.target:
+            candidates = pool.candidates(self._now_s())
+            if len(candidates) > 1:
+                foreseen = await self._owners.predict(call, policy, candidates)
+        return json_response(200, self._explained(call, pool, policy, foreseen))
 
-    def _explained(self, call: Call, pool: Pool, policy: Policy) -> dict[str, Any]:
+    def _explained(
+        self, call: Call, pool: Pool, policy: Policy, foreseen: tuple[Worker, str] | None
+    ) -> dict[str, Any]:
         now = self._now_s()
         candidates = pool.candidates(now)
         is_shed = not call.target and self._sheds_overload and pool.is_overloaded(now)
-        chosen, by = self._chosen(call, policy, () if is_shed else candidates, now)
+        chosen: Worker | None
+        if foreseen is not None and not is_shed and foreseen[0] in candidates:
+            chosen, by = foreseen[0], "owner"
+        else:
+            foreseen = None
+            chosen, by = self._chosen(call, policy, () if is_shed else candidates, now)
         terms: dict[str, Terms] = {}
         if candidates:
             told = policy.terms(call, candidates, now, self._copied_rng())
@@ -119,6 +135,7 @@ class Explain:
             "policy": policy.name,
             "chosen": chosen.id if chosen is not None else None,
             "decided_by": by,
+            **({} if foreseen is None else {"owner": foreseen[1]}),
             "routing_key": call.routing_key,
             "prompt": {"chars": chars, "blocks": blocks, "block_chars": self._block_chars},
             "workers": rows,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from random import Random
+from typing import Protocol
 
 import trio
 
@@ -18,7 +19,7 @@ from smg.fleet import engine_metrics
 from smg.fleet.engine_metrics import RankLoad
 from smg.fleet.load import ReportRules
 from smg.fleet.registry import Added, Change, Registry, Removed, StatusChanged, Updated
-from smg.fleet.worker import Engine, Status, Worker
+from smg.fleet.worker import Engine, LoadReport, Status, Worker
 from smg.services.asking import Fetch, ask
 from smg.services.timetable import Timetable
 
@@ -45,6 +46,18 @@ Counted = Callable[[Worker, bool], None]
 """Told of every poll of a worker, and whether it brought a report."""
 
 
+class Share(Protocol):
+    """Other nodes that ask the same engines."""
+
+    def is_poller(self, base_url: str) -> bool:
+        """Is this node to ask this engine itself? If not, its answers come from another node."""
+        ...
+
+    def polled(self, worker: Worker, told: LoadReport) -> None:
+        """The engine of this worker has told its load to this node."""
+        ...
+
+
 class _Engine:
     """What is known of one base URL: who is behind it, what it understands, how it did lately."""
 
@@ -60,7 +73,7 @@ class LoadReports:
     """The polling service. Make it before workers are added: it follows the registry's changes.
 
     `refused` is told of a worker that nobody listens at (`HealthProbes.note_refused`): with short intervals a dead
-    engine is noticed here before a request meets it.
+    engine is noticed here before a request meets it. `share`: other nodes of a mesh ask some of the engines.
     """
 
     def __init__(
@@ -72,6 +85,7 @@ class LoadReports:
         rng: Random,
         refused: Callable[[Worker], None] | None = None,
         counted: Counted | None = None,
+        share: Share | None = None,
     ) -> None:
         self._registry = registry
         self._fetch = fetch
@@ -79,6 +93,7 @@ class LoadReports:
         self._rng = rng
         self._refused = refused
         self._counted = counted
+        self._share = share
         self._engines: dict[str, _Engine] = {}
         self._table = Timetable(self._poll, CONCURRENT_MAX)
         registry.subscribe(self._changed)
@@ -139,6 +154,8 @@ class LoadReports:
         worker = _first_ready(engine)
         if engine is None or worker is None:
             return None
+        if self._share is not None and not self._share.is_poller(base_url):
+            return trio.current_time() + self._rules.interval_s
         is_first = engine.question is None
         ranks, failure = await self._ask(engine, worker)
         if self._engines.get(base_url) is not engine:
@@ -185,6 +202,8 @@ class LoadReports:
             told = engine_metrics.combined(ranks, now, worker.spec.dp_rank)
             if told is not None:
                 self._registry.reported(worker, told, self._rules)
+                if self._share is not None:
+                    self._share.polled(worker, told)
             if self._counted is not None:
                 self._counted(worker, told is not None)
 

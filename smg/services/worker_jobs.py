@@ -69,6 +69,8 @@ class WorkerJobs:
         ] = {}  # worker id -> the specification that metadata was asked under
         self._unfinished: dict[str, int] = {}  # worker id -> tries so far, while not everything was told
         self._deleted: list[Callable[[Worker], None]] = []
+        self._added: list[Callable[[Worker], None]] = []
+        self._edited: list[Callable[[Worker], None]] = []
         self._table = Timetable(self._read, CONCURRENT_MAX)
         registry.subscribe(self._changed)
 
@@ -80,7 +82,10 @@ class WorkerJobs:
 
     def add(self, document: Any) -> Worker:
         """`POST /workers`: registers what the document says. Raises `GatewayError` 400 and 409 (WRK-7)."""
-        return self.add_spec(spec_of(document))
+        worker = self.add_spec(spec_of(document))
+        for callback in self._added:
+            callback(worker)
+        return worker
 
     def add_spec(self, spec: WorkerSpec) -> Worker:
         """As `add`, of a checked specification."""
@@ -92,12 +97,14 @@ class WorkerJobs:
         """`PATCH /workers/{id}` (WRK-11). Raises `GatewayError` 400 and 404."""
         worker = self.find(text_id)
         self._registry.update(worker, patched(worker.spec, document), trio.current_time())
+        self._tell_edited(worker)
         return worker
 
     def replace(self, text_id: str, document: Any) -> Worker:
         """`PUT /workers/{id}` (WRK-12). Raises `GatewayError` 400 and 404."""
         worker = self.find(text_id)
         self._registry.update(worker, replaced(worker, document), trio.current_time())
+        self._tell_edited(worker)
         return worker
 
     def delete(self, text_id: str) -> Worker:
@@ -111,6 +118,18 @@ class WorkerJobs:
     def subscribe_deleted(self, callback: Callable[[Worker], None]) -> None:
         """`callback` is told of each worker that `delete` is asked for, before it drains."""
         self._deleted.append(callback)
+
+    def subscribe_added(self, callback: Callable[[Worker], None]) -> None:
+        """`callback` is told of each worker that `add` has registered; discovery's are not among them."""
+        self._added.append(callback)
+
+    def subscribe_edited(self, callback: Callable[[Worker], None]) -> None:
+        """`callback` is told of each worker that `patch` or `replace` has changed."""
+        self._edited.append(callback)
+
+    def _tell_edited(self, worker: Worker) -> None:
+        for callback in self._edited:
+            callback(worker)
 
     def drain(self, worker: Worker) -> None:
         """As `delete`, of a worker that is at hand. Draining twice changes nothing."""

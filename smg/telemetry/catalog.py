@@ -228,6 +228,115 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "smg_manual_policy_cache_entries", GAUGE, (), "Routing keys the manual policy remembers.", "MET-6"
     ),
+    # ---- caches
+    Family(
+        "smg_cache_prompt_chars_total",
+        COUNTER,
+        ("model",),
+        "Characters of prompts that cache_aware placed; a token id counts as four.",
+        "MET-9",
+    ),
+    Family(
+        "smg_cache_matched_chars_total",
+        COUNTER,
+        ("model",),
+        "Those of them that were believed to be cached on the worker that got them.",
+        "MET-9",
+    ),
+    Family(
+        "smg_cache_predicted_tokens_total",
+        COUNTER,
+        ("model",),
+        "Prompt tokens that were believed to be cached, of answers that told how many were.",
+        "MET-9",
+    ),
+    Family(
+        "smg_cache_actual_tokens_total",
+        COUNTER,
+        ("model",),
+        "Prompt tokens that these answers said were cached; the two should grow alike.",
+        "MET-9",
+    ),
+    Family(
+        "smg_cache_index_entries", GAUGE, (), "Blocks in the prefix index, counted for each worker.", "MET-9"
+    ),
+    Family(
+        "smg_cache_index_bytes", GAUGE, (), "Memory of the prefix index, of --max-tree-size at most.", "MET-9"
+    ),
+    Family(
+        "smg_kv_events_total",
+        COUNTER,
+        ("what",),
+        "KV events of engines: batch (taken in), refused, gap, replay, lost (all that was told was forgotten), restart.",
+        "MET-9",
+    ),
+    Family(
+        "smg_trace_lines_total",
+        COUNTER,
+        ("result",),
+        "Requests for --record-trace: written or dropped.",
+        "MET-9",
+    ),
+    # ---- the mesh
+    Family(
+        "smg_mesh_members",
+        GAUGE,
+        ("state",),
+        "Members of the mesh as this node sees them, itself included: alive, suspect, dead, left.",
+        "MET-9",
+    ),
+    Family(
+        "smg_mesh_rtt_seconds",
+        HISTOGRAM,
+        (),
+        "Smoothed round trips to the live members, looked at every five seconds.",
+        "MET-9",
+        LOOP_DELAY_BUCKETS_S,
+    ),
+    Family(
+        "smg_mesh_messages_total",
+        COUNTER,
+        ("kind", "direction"),
+        "Datagrams and frames of the mesh by kind; direction is in or out.",
+        "MET-9",
+    ),
+    Family(
+        "smg_mesh_bytes_total",
+        COUNTER,
+        ("direction",),
+        "Bytes of those datagrams and frames, without the headers below them.",
+        "MET-9",
+    ),
+    Family(
+        "smg_mesh_lag_seconds",
+        HISTOGRAM,
+        (),
+        "How old placements of peers are when they arrive.",
+        "MET-9",
+        LOOP_DELAY_BUCKETS_S,
+    ),
+    Family(
+        "smg_mesh_dropped_total",
+        COUNTER,
+        ("reason",),
+        "What came to the mesh port and was dropped: not authentic, garbage, strangers, of another label.",
+        "MSH-8",
+    ),
+    Family(
+        "smg_mesh_owner_questions_total",
+        COUNTER,
+        ("result",),
+        "Requests whose session another node owns: followed (it decided), late, failed, refused, resting (not asked).",
+        "EXP-3",
+    ),
+    Family(
+        "smg_mesh_owner_wait_seconds",
+        HISTOGRAM,
+        (),
+        "Waits for an owner's answer that came.",
+        "EXP-3",
+        LOOP_DELAY_BUCKETS_S,
+    ),
     # ---- the process
     Family(
         "smg_admission_inflight",

@@ -359,7 +359,7 @@ async def running_gateway(
         for run in node.services():
             await nursery.start(run)
         for source in node.sources:
-            await nursery.start(source.run, node.rosters.reporter(source.name))
+            await nursery.start(source.run, node.reporter(source.name))
         if ready:
             await eventually(lambda: gateway.ready_count == len(workers))
             for worker in workers:
