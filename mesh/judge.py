@@ -31,6 +31,7 @@ from mesh.messages import (
     MemberChanged,
     MemberDown,
     MemberUp,
+    OwnOutranked,
     Suspected,
 )
 from mesh.own import Own
@@ -224,11 +225,14 @@ class Judge:
         if entry.status == Status.SUSPECT:
             outcome = self._learn(msgspec.structs.replace(entry, status=Status.ALIVE, down_s=0), now)
             return self._hear_accusation(accusation, now) if outcome is Outcome.NEWS else outcome
-        # A tombstone: worth dialling, not worth an event, nor a place that someone living may need.
+        # A tombstone: worth dialling, but not a place that someone living may need. A farewell is told, because what
+        # its owner kept elsewhere must go too; of a death we were no witness.
         if entry.down_s >= self._settings.tombstone_s or self._roster.is_full():
             return Outcome.STALE
         member = self._roster.add(msgspec.structs.replace(entry, down_s=0), now)
         member.since_s = now - entry.down_s
+        if entry.status == Status.LEFT:
+            self.emit(Left(member.record))
         return Outcome.NEWS
 
     def _adopt(self, member: Member, record: Record, now: float) -> None:
@@ -279,7 +283,7 @@ class Judge:
             return Outcome.STALE
         if accusation.status == Status.SUSPECT and accusation.boot == own.boot:
             self._awareness.add(1)  # Lifeguard: we were slow enough to be doubted
-        return self._outrank(accusation.incarnation, now)
+        return self._outrank(accusation.incarnation, accusation.boot, now)
 
     def _hear_own(self, record: Record, now: float) -> Outcome:
         own = self._own.record
@@ -287,19 +291,21 @@ class Judge:
             return Outcome.STALE
         if record.boot == own.boot or record.address == own.address:
             # our own future (never said by us), or a former life on this very port with a faster clock
-            return self._outrank(record.incarnation, now)
+            return self._outrank(record.incarnation, record.boot, now)
         return Outcome.OWN_CONTESTED
 
     def outrank(self, record: Record, now: float) -> Outcome:
         """A contest found the other claimant of our name gone (or younger): speak louder than its record."""
         if record.incarnation < self._own.record.incarnation:
             return Outcome.STALE
-        return self._outrank(record.incarnation, now)
+        return self._outrank(record.incarnation, record.boot, now)
 
-    def _outrank(self, incarnation: int, now: float) -> Outcome:
+    def _outrank(self, incarnation: int, boot: bytes, now: float) -> Outcome:
         old = self._own.record
         if self._is_from_future(old.name, incarnation + 1, old, now):
             return Outcome.REFUSED
+        if boot != old.boot:
+            self.emit(OwnOutranked(boot, incarnation + 1))
         self._own.raise_to(incarnation + 1)
         self.own_raised(old, now)
         return Outcome.OWN_REFUTED

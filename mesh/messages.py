@@ -193,6 +193,15 @@ class NameConflict(msgspec.Struct, frozen=True, gc=False):
     own: Record
 
 
+class OwnOutranked(msgspec.Struct, frozen=True, gc=False):
+    """Others know a life of our name that outranked us (our clock was set back, or the name was borrowed). We have
+    taken a higher incarnation; whoever orders lives by their birth must go on above this one."""
+
+    boot: bytes
+    incarnation: int
+    """Ours from now on: above all that was said by or about the other life."""
+
+
 class ClockAhead(msgspec.Struct, frozen=True, gc=False):
     """A record was refused because its life begins in our future. Log both clocks."""
 
@@ -218,6 +227,7 @@ Event: TypeAlias = (
     | Left
     | Forgotten
     | NameConflict
+    | OwnOutranked
     | ClockAhead
     | LeaveDone
 )

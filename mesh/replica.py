@@ -39,7 +39,7 @@ from mesh.namespace import Owned as OwnedNamespace
 from mesh.owned import Owned
 from mesh.records import Body, Delta, Snap, SnapWant, Sums, Vector, Want, WantKeys, decode_body
 
-__all__ = ["Replica", "ReplicaSettings", "life_number"]
+__all__ = ["Replica", "ReplicaSettings", "life_above", "life_number"]
 
 Store: TypeAlias = LwwMap | Owned | Ephemeral | Counters | DeltaStreams
 
@@ -52,6 +52,14 @@ OPENING_RETRY_MAX_S = 30.0
 def life_number(born_s: int, boot: bytes) -> int:
     """Order number of one life of a member, from its record: lives born later have higher numbers."""
     return (born_s & 0xFFFFFFFF) << 32 | int.from_bytes(boot[:4], "big")
+
+
+def life_above(incarnation: int) -> int:
+    """Order number above those of all lives that membership outranked by this incarnation (seconds << 16 | counter).
+
+    It rises with the incarnation, so that of several lives whose clocks were set back the last one is the latest.
+    """
+    return ((incarnation >> 16) + 1) << 32 | (incarnation & 0xFFFF) << 16
 
 
 def _store(namespace: Namespace, home: Home, now: float) -> Store:
@@ -225,6 +233,14 @@ class Replica:
         for store in self._stores.values():
             if not isinstance(store, LwwMap):
                 store.owner_restarted(owner, life, now)
+
+    def own_outranked(self, life: int, now: float) -> None:
+        """Membership heard of a life of ours above this one (our clock was set back): go on as that life plus one.
+
+        Counters do not care: every life has a shard of its own, and moving it would count it twice."""
+        for store in self._stores.values():
+            if not isinstance(store, LwwMap | Counters) and store.life <= life:
+                store.outrank(life, now)
 
     def owner_forgotten(self, owner: str, now: float) -> None:
         """Membership dropped the last trace of this name: drop all rows of it, whatever the rule (not counters)."""

@@ -11,7 +11,7 @@ from mesh.awareness import Awareness
 from mesh.codec import news_bytes
 from mesh.judge import Judge, Outcome
 from mesh.member import Accusation, Member, Record, Status, first_incarnation
-from mesh.messages import ClockAhead, Forgotten, Left, MemberChanged, MemberDown, MemberUp
+from mesh.messages import ClockAhead, Forgotten, Left, MemberChanged, MemberDown, MemberUp, OwnOutranked
 from mesh.own import Own
 from mesh.roster import Roster
 from mesh.rumors import Rumors
@@ -329,3 +329,29 @@ def test_whoever_claims_an_outranked_life_is_told_so() -> None:
     court.hears(doubt(X, status=Status.DEAD))
     assert tell("x", X.boot, X.incarnation) == doubt(X, "me", Status.DEAD)
     assert tell("x", X.boot, X.incarnation + 1) is None
+
+
+def test_the_end_of_a_life_never_met_is_told_as_up_and_down_with_its_birth() -> None:
+    court = Court()
+    court.hears(X)
+    court.kinds()
+    court.hears(doubt(X_REBORN, status=Status.DEAD))
+    up, down = court.judge.events
+    assert isinstance(up, MemberUp) and up.is_restart and isinstance(down, MemberDown)
+    assert up.record.boot == down.record.boot == X_REBORN.boot
+    assert up.record.born_s == down.record.born_s == X_REBORN.born_s
+    assert (up.record.status, down.record.status) == (Status.ALIVE, Status.DEAD)
+
+
+def test_a_farewell_of_a_stranger_in_a_table_is_told_because_what_it_kept_must_go() -> None:
+    court = Court()
+    court.judge.hear_entry(entry(X, Status.LEFT, 60), "a", 100.0)
+    assert court.kinds() == ["Left"]
+
+
+def test_who_was_outranked_by_another_life_says_so() -> None:
+    court = Court()
+    former = record("me", 1, WALL_S + 100, b"former--")
+    court.hears(former, doubt(court.own.record, plus=1 << 30))
+    (event,) = [each for each in court.judge.events if isinstance(each, OwnOutranked)]
+    assert event == OwnOutranked(b"former--", former.incarnation + 1)

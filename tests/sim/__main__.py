@@ -7,19 +7,20 @@ import multiprocessing
 import sys
 import time
 
-from tests.sim.run import plan_of, play, play_world, report
+from tests.sim.run import play, play_world, report
+from tests.sim.workload import draw
 
 
 def _one(job: tuple[int, bool]) -> tuple[int, list[str]]:
     seed, with_state = job
     try:
-        return seed, play(plan_of(seed, with_state), with_state)
+        return seed, play(draw(seed), with_state)
     except Exception as error:  # a crash of a machine is a finding like any other
         return seed, [f"{type(error).__name__}: {error}"]
 
 
 def _replay(seed: int, with_state: bool) -> int:
-    plan = plan_of(seed, with_state)
+    plan = draw(seed)
     print(f"seed {seed}: {plan.members} members")
     for fault in plan.faults:
         print(f"  {fault}")

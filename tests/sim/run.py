@@ -5,16 +5,11 @@ from __future__ import annotations
 from mesh.settings import SwimSettings
 from tests.sim.checkers import HEAL_S, QUIET_S, STEP_S, Checker
 from tests.sim.state import Book
-from tests.sim.workload import FAULTS_END_S, KINDS, RUN_S, STATE_KINDS, Plan, Player, draw, shrink
+from tests.sim.workload import FAULTS_END_S, RUN_S, Plan, Player, draw, shrink
 from tests.sim.world import World
 
 DEADLY = frozenset({"crash", "lose_host", "restart", "restart_elsewhere", "restart_clock_behind", "leave"})
 """Kinds after which a producer's stream may be known to some and gone for ever."""
-
-
-def plan_of(seed: int, with_state: bool = False) -> Plan:
-    """The plan a seed stands for."""
-    return draw(seed, STATE_KINDS if with_state else KINDS)
 
 
 def play(plan: Plan, with_state: bool = False, settings: SwimSettings | None = None) -> list[str]:
@@ -53,7 +48,7 @@ def play_world(
 
 def report(seed: int, problems: list[str], with_state: bool = False) -> str:
     """What a failed seed prints: how to replay it, and the shortest plan that still fails."""
-    plan = shrink(plan_of(seed, with_state), lambda shorter: bool(play(shorter, with_state)))
+    plan = shrink(draw(seed), lambda shorter: bool(play(shorter, with_state)))
     lines = [
         f"seed {seed} failed; replay: python -m tests.sim --seed {seed}{' --state' if with_state else ''}"
     ]

@@ -11,9 +11,9 @@ from random import Random
 
 from mesh.frames import Frame
 from mesh.member import Record
-from mesh.messages import Event, Forgotten, Left, MemberDown, MemberUp
+from mesh.messages import Event, Forgotten, Left, MemberDown, MemberUp, OwnOutranked
 from mesh.namespace import Counter, Ephemeral, Lww, Owned, Stream
-from mesh.replica import Replica, ReplicaSettings, life_number
+from mesh.replica import Replica, ReplicaSettings, life_above, life_number
 from tests.sim.world import EPOCH_S, Node, World
 
 CONF, REG, LOAD, HITS, PREFIX = "conf", "reg", "load", "hits", "prefix"
@@ -71,6 +71,8 @@ class State:
             self.replica.owner_died(event.record.name, _life(event.record), now)
         elif isinstance(event, Left):
             self.replica.owner_left(event.record.name, _life(event.record), now)
+        elif isinstance(event, OwnOutranked):
+            self.replica.own_outranked(life_above(event.incarnation), now)
         elif isinstance(event, Forgotten):
             self.replica.owner_forgotten(event.record.name, now)
 

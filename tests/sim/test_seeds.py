@@ -12,8 +12,8 @@ import pytest
 from mesh.settings import SwimSettings
 from tests.sim.checkers import HEAL_S
 from tests.sim.network import Cut
-from tests.sim.run import plan_of, play, play_world, report
-from tests.sim.workload import FAULTS_END_S, Fault, Plan, shrink
+from tests.sim.run import play, play_world, report
+from tests.sim.workload import FAULTS_END_S, Fault, Plan, draw, shrink
 from tests.sim.world import World, grow
 
 FIRST = int(os.environ.get("SMG_SIM_FIRST", "0"))
@@ -24,20 +24,20 @@ BATCH = 16
 @pytest.mark.parametrize("first", range(FIRST, FIRST + SEEDS, BATCH))
 def test_membership_survives_random_faults(first: int) -> None:
     for seed in range(first, first + BATCH):
-        problems = play(plan_of(seed))
+        problems = play(draw(seed))
         assert not problems, report(seed, problems)
 
 
 @pytest.mark.parametrize("first", range(FIRST, FIRST + SEEDS // 8, 4))
 def test_replicated_state_survives_random_faults(first: int) -> None:
     for seed in range(first, first + 4):
-        problems = play(plan_of(seed, True), with_state=True)
+        problems = play(draw(seed), with_state=True)
         assert not problems, report(seed, problems, with_state=True)
 
 
 def test_the_same_seed_is_the_same_history() -> None:
     def trace() -> list[str]:
-        world, _ = play_world(plan_of(7))
+        world, _ = play_world(draw(7))
         return [f"{when_s} {node.name} {event}" for when_s, node, event in world.log]
 
     first = trace()
@@ -79,9 +79,7 @@ def test_a_failing_plan_is_shortened_to_the_fault_that_matters() -> None:
 
 
 def test_the_faults_end_early_enough_for_the_checks() -> None:
-    assert all(
-        fault.at_s + fault.for_s <= FAULTS_END_S for seed in range(300) for fault in plan_of(seed).faults
-    )
+    assert all(fault.at_s + fault.for_s <= FAULTS_END_S for seed in range(300) for fault in draw(seed).faults)
     assert HEAL_S > 15.0
 
 

@@ -63,18 +63,13 @@ KINDS = (
 )
 
 
-STATE_KINDS = tuple(kind for kind in KINDS if kind not in ("restart_clock_behind", "impostor"))
-"""Kinds for runs with replicated state. A replica orders the lives of a name by their birth, and a life that began
-earlier than one others have seen, by a wrong clock or a stolen name, stays mute in it until it is born again later."""
-
-
-def draw(seed: int, all_kinds: tuple[str, ...] = KINDS) -> Plan:
+def draw(seed: int) -> Plan:
     """The plan of a seed: 3 to 10 members, up to a dozen faults of the kinds above."""
     rng = Random(seed * 2 + 1)
     members = rng.randint(3, 10)
     names = tuple(f"n{number:04d}" for number in range(members))
     # Each seed favours a few kinds, so that rare mixes come up often enough.
-    kinds = rng.sample(all_kinds, rng.randint(1, 6))
+    kinds = rng.sample(KINDS, rng.randint(1, 6))
     faults = []
     for _ in range(rng.randint(1, 12)):
         at_s = rng.uniform(FAULTS_BEGIN_S, FAULTS_END_S - 5)
