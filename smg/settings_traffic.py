@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
+from smg.settings_endpoint import event_endpoints
 from smg.settings_flag import Flag, Group, header_name, url_path
 
 
@@ -57,6 +58,15 @@ class Routing(Group, frozen=True, kw_only=True):
             doc="Share of a prompt that must be cached for the cache to decide. Read in threshold mode.",
         ),
     ] = 0.3
+    overload_token_usage_threshold: Annotated[
+        float,
+        Flag(
+            unit="share",
+            at_least=0,
+            at_most=1,
+            doc="While any worker's KV usage is above this, the least loaded one is chosen; 1 is off. Read in threshold mode.",
+        ),
+    ] = 1.0
     balance_token_usage_threshold: Annotated[
         float,
         Flag(
@@ -75,6 +85,53 @@ class Routing(Group, frozen=True, kw_only=True):
             "blocks of 512 characters.",
         ),
     ] = 67108864
+    eviction_interval_secs: Annotated[
+        float,
+        Flag(
+            unit="seconds",
+            aliases=("eviction-interval",),
+            above=0,
+            doc="Pause between two cleanings of the prefix index: what departed workers held, and what --cache-ttl-secs ends. "
+            "The bounds themselves hold at every moment.",
+        ),
+    ] = 60.0
+    cache_ttl_secs: Annotated[
+        float,
+        Flag(
+            unit="seconds",
+            at_least=0,
+            doc="A prefix that was not used for this time, at most for twice of it, is not believed to be cached any more; 0 "
+            "is off. The learned size of each worker's cache bounds the index anyway.",
+        ),
+    ] = 0.0
+    block_size: Annotated[
+        int,
+        Flag(
+            unit="tokens",
+            at_least=1,
+            at_most=4096,
+            doc="Tokens of a KV block of the engines. Blocks of the index end where theirs do: 128 tokens (512 bytes of text), "
+            "rounded up to whole blocks of the engine. Equal on all nodes of a mesh.",
+        ),
+    ] = 16
+    kv_events: Annotated[
+        str | None,
+        Flag(
+            form=event_endpoints,
+            metavar="ENDPOINT",
+            doc="Where the engines publish their KV events (vLLM, SGLang, TensorRT-LLM), such as tcp://{host}:5557 or "
+            "tcp://{host}:{port+1000}; after a comma where they replay them. A worker's label kv_events goes before. Needs "
+            "pyzmq.",
+        ),
+    ] = None
+    record_trace: Annotated[
+        str | None,
+        Flag(
+            metavar="FILE",
+            doc="Append a line for each answered request to this file, for smg simulate: time, lengths, keyed hashes of the "
+            "prompt's blocks; never text.",
+        ),
+    ] = None
     balance_abs_threshold: Annotated[
         int,
         Flag(

@@ -37,6 +37,12 @@ class BlockSettings(msgspec.Struct, frozen=True, kw_only=True):
     """A secret of the cluster, 64 bits."""
 
 
+def block_settings(engine_block_tokens: int, cluster_seed: int) -> BlockSettings:
+    """Blocks that end where those of the engines do, so that an engine's events and matches can be told exactly."""
+    size = -(-BlockSettings().block_tokens // engine_block_tokens) * engine_block_tokens
+    return BlockSettings(block_bytes=4 * size, block_tokens=size, cluster_seed=cluster_seed)
+
+
 class BlockHasher:
     """Cuts and hashes prompts. Its only state is a bounded memory of seeds."""
 

@@ -76,7 +76,7 @@ class _Watched:
     """A policy, and what it decided for one call."""
 
     def __init__(self, inner: Policy, writer: _Writer, leg: str) -> None:
-        self._inner = inner
+        self.inner = inner
         self._writer = writer
         self._leg = leg
         self._decided: tuple[Worker, Terms | None, str] | None = None
@@ -87,12 +87,12 @@ class _Watched:
     def choose(self, call: Call, workers: Sequence[Worker], now: float, rng: Random) -> Worker | None:
         """The inner policy's choice; what it weighed is remembered."""
         state = rng.getstate()
-        by = decided_by(self._inner, call)
-        worker = self._inner.choose(call, workers, now, rng)
+        by = decided_by(self.inner, call)
+        worker = self.inner.choose(call, workers, now, rng)
         if worker is not None:
             spare = Random()
             spare.setstate(state)
-            rows = self._inner.terms(call, workers, now, spare)
+            rows = self.inner.terms(call, workers, now, spare)
             self._decided = worker, next((row for row in rows if row.worker_id == worker.id), None), by
         return worker
 
@@ -102,14 +102,14 @@ class _Watched:
         if decided is not None and decided[0] is worker:
             self._write(call, worker, decided[1], decided[2])
         else:
-            rows = self._inner.terms(call, (worker,), now, Random(0))
+            rows = self.inner.terms(call, (worker,), now, Random(0))
             self._write(
                 call, worker, rows[0] if rows else None, "target" if call.target else "only_candidate"
             )
-        self._inner.placed(call, worker, now)
+        self.inner.placed(call, worker, now)
 
     def _write(self, call: Call, worker: Worker, terms: Terms | None, by: str) -> None:
-        count = getattr(inner_of(self._inner), "blocks_of", None)
+        count = getattr(inner_of(self.inner), "blocks_of", None)
         receipt: dict[str, Any] = {"chosen": worker.id, "policy": self.name, "decided_by": by}
         if count is not None:
             receipt["matched_blocks"] = terms.matched_blocks if terms is not None else 0
@@ -122,23 +122,23 @@ class _Watched:
 
     def first_byte(self, call: Call, worker: Worker, ttft_s: float, now: float) -> None:
         """As `inner` does."""
-        self._inner.first_byte(call, worker, ttft_s, now)
+        self.inner.first_byte(call, worker, ttft_s, now)
 
     def finished(self, call: Call, worker: Worker, outcome: Outcome, now: float) -> None:
         """As `inner` does."""
-        self._inner.finished(call, worker, outcome, now)
+        self.inner.finished(call, worker, outcome, now)
 
     def removed(self, worker: Worker) -> None:
         """As `inner` does."""
-        self._inner.removed(worker)
+        self.inner.removed(worker)
 
     def flushed(self, worker: Worker) -> None:
         """As `inner` does."""
-        self._inner.flushed(worker)
+        self.inner.flushed(worker)
 
     def terms(self, call: Call, workers: Sequence[Worker], now: float, rng: Random) -> list[Terms]:
         """As `inner` does."""
-        return self._inner.terms(call, workers, now, rng)
+        return self.inner.terms(call, workers, now, rng)
 
 
 def decided_by(policy: Policy, call: Call) -> str:

@@ -6,9 +6,11 @@ no engines. Text in engine logs is hashed while it is read and never kept.
 Accepted, told apart line by line (unknown lines are counted and passed over):
 
 * Mooncake JSON lines: `timestamp` (ms), `input_length`, `output_length` (tokens), `hash_ids` (one id
-  per 512 tokens; equal ids at equal positions are equal prefixes).
-* Our own record (`--record-trace`), JSON lines: `at` (seconds), `tokens` or `chars`, `output_tokens`,
-  `blocks` (chained hashes, hex or int), `block_tokens` or `block_chars`.
+  per 512 tokens; equal ids at equal positions are equal prefixes). Our own record (`--record-trace`)
+  has the same members, and `block_tokens`, or `block_chars` where blocks are text: how many tokens
+  that is comes out of the lengths.
+* JSON lines with `at` (seconds), `tokens` or `chars`, `output_tokens`, `blocks` (chained hashes, hex or
+  int), `block_tokens` or `block_chars`.
 * SGLang with `--log-requests --log-requests-format json`: `timestamp`, `event` "request.received" or
   "request.finished", `rid`, `obj` with `text` or `input_ids` (and `sampling_params.max_new_tokens`),
   and for finished ones `out.meta_info` with `prompt_tokens`, `completion_tokens`.
@@ -111,6 +113,7 @@ def parse(lines: Iterable[str], name: str, limit: int | None = None, seed: int =
         raise TraceError(
             f"{name}: none of {count} lines is a request (Mooncake, SGLang json, vLLM text, own record)"
         )
+    rows = _sized(rows)
     sizes = {row[4] for row in rows}
     if len(sizes) != 1:
         raise TraceError(f"{name}: requests with blocks of different sizes ({sorted(sizes)} tokens)")
@@ -183,13 +186,16 @@ class _Reader:
     def _from_json(self, document: dict[str, Any]) -> tuple[object, _Row | None]:
         if "hash_ids" in document:
             blocks = tuple(int(block) + 1 for block in document["hash_ids"])  # 0 stands for "no parent"
-            length = int(document["input_length"])
+            length, output = int(document["input_length"]), document["output_length"]
+            size = (
+                0 if "block_chars" in document else int(document.get("block_tokens", MOONCAKE_BLOCK_TOKENS))
+            )
             return None, (
                 float(document["timestamp"]) / 1_000.0,
                 length,
-                int(document["output_length"]),
+                OUTPUT_TOKENS if output is None else int(output),
                 blocks,
-                MOONCAKE_BLOCK_TOKENS,
+                size,
             )
         if "blocks" in document:
             return None, _own_row(document)
@@ -278,6 +284,22 @@ class _Reader:
         if isinstance(ids, list) and ids and isinstance(ids[0], int):
             return at_s, len(ids), int(output), tuple(self._hasher.token_blocks(ids, self._seed)), size
         return None
+
+
+def _sized(rows: list[_Row]) -> list[_Row]:
+    """Gives blocks of text, whose size was left open (0), the tokens that they have on average.
+
+    A prompt of more tokens than its blocks account for has a rest of its own; one of fewer loses its last blocks.
+    """
+    if all(row[4] for row in rows):
+        return rows
+    size = next((row[4] for row in rows if row[4]), 0)
+    if not size:
+        texts = [row for row in rows if row[3]]
+        # A prompt's last block is half full on average, and not among its blocks.
+        total = sum(len(row[3]) + 0.5 for row in texts)
+        size = max(1, round(sum(row[1] for row in texts) / total)) if texts else MOONCAKE_BLOCK_TOKENS
+    return [(*row[:3], row[3][: max(1, row[1]) // size], size) if not row[4] else row for row in rows]
 
 
 def _own_row(document: dict[str, Any]) -> _Row:

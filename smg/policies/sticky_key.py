@@ -78,8 +78,10 @@ class StickyKey:
 
 
 def inner_of(policy: Policy) -> Policy:
-    """The policy of the table, without the keys around it."""
-    return policy.inner if isinstance(policy, StickyKey) else policy
+    """The policy of the table, without what is put around it (keys, a receipt)."""
+    while (inner := getattr(policy, "inner", None)) is not None:
+        policy = inner
+    return policy
 
 
 def obeys_key(policy: Policy) -> bool:

@@ -19,7 +19,7 @@ from smg.policies.price import pick
 
 
 class ThresholdRule(msgspec.Struct, frozen=True, kw_only=True):
-    """The four numbers of the rule, with the defaults of the existing system's command line."""
+    """The five numbers of the rule, with the defaults of the existing system's command line."""
 
     threshold: float = 0.3
     """Share of the prompt that must be cached for the cache to decide."""
@@ -28,6 +28,8 @@ class ThresholdRule(msgspec.Struct, frozen=True, kw_only=True):
     """Out of balance: most and least in flight differ by more than `balance_abs` and by this factor."""
     token_usage: float = 1.0
     """Out of balance as well: KV usages differ by more than this; 1.0 is off."""
+    overload: float = 1.0
+    """Out of balance as well: any KV usage is above this; 1.0 is off."""
 
     def choose(
         self, blocks: Sequence[int], workers: Sequence[Worker], index: PrefixIndex, rng: Random
@@ -38,10 +40,12 @@ class ThresholdRule(msgspec.Struct, frozen=True, kw_only=True):
         least = [worker for worker, load in zip(workers, loads, strict=True) if load == lowest]
         if highest - lowest > self.balance_abs and highest > self.balance_rel * lowest:
             return pick(least, rng), f"out of balance: {lowest} to {highest} in flight"
-        if self.token_usage < 1.0:
+        if self.token_usage < 1.0 or self.overload < 1.0:
             usages = [worker.report.kv_usage or 0.0 for worker in workers if worker.report is not None]
             if usages and max(usages) - min(usages) > self.token_usage:
                 return pick(least, rng), "out of balance: KV usage"
+            if usages and max(usages) > self.overload:
+                return pick(least, rng), f"overload: KV usage {max(usages):.0%}"
         match = index.match(blocks)
         depths = [match.depth_of(index.bits_of(worker.id)) for worker in workers]
         deepest = max(depths)

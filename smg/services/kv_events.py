@@ -61,8 +61,8 @@ Measured = Callable[[Worker, int], None]
 class KvEvents:
     """The listening service. Make it before workers are added: it follows the registry's changes.
 
-    `speaks_ids(worker)` tells whether all that was lately placed on a worker came as token ids: then what its engine
-    does not confirm fades. Raises SettingsError when pyzmq is not installed.
+    `speaks_ids()` tells whether all prompts since it was last asked came as token ids: then what engines do not confirm
+    fades. Raises SettingsError when pyzmq is not installed.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class KvEvents:
         *,
         log: Log,
         measured: Measured,
-        speaks_ids: Callable[[Worker], bool],
+        speaks_ids: Callable[[], bool],
     ) -> None:
         self._zmq = _zeromq(template)
         self._registry = registry
@@ -112,8 +112,8 @@ class KvEvents:
     async def _fade(self) -> None:
         while True:
             await trio.sleep(AGE_INTERVAL_S)
-            for follower in list(self._followers.values()):
-                if self._speaks_ids(follower.worker):
+            if self._speaks_ids():
+                for follower in self._followers.values():
                     self._index.age(follower.worker.id)
 
     def _changed(self, change: Change) -> None:

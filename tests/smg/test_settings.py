@@ -45,7 +45,8 @@ worker-startup-delay 0 | worker-startup-check-interval 2 | model-alias none | ba
 upstream-pool-idle-timeout-secs 3 | drain-timeout-secs 600 | balance-abs-threshold 64 | balance-rel-threshold 1.5
 assignment-mode random | max-idle-secs 14400 | prefix-token-count 256 | prefix-hash-load-factor 1.25
 least-load-kv-pressure-weight 0.15 | least-load-default-throughput 2000 | least-load-mean-prefill-tokens 1024
-routing-key-override off | routing-key-headers none | worker-overload-waiting-requests 8 | worker-overload-token-usage 0.8
+overload-token-usage-threshold 1 | eviction-interval-secs 60 | block-size 16 | cache-ttl-secs 0 | kv-events none
+record-trace none | routing-key-override off | routing-key-headers none | worker-overload-waiting-requests 8 | worker-overload-token-usage 0.8
 worker-overload-shed off | bucket-adjust-interval-secs 5 | retry-max-retries 5 | retry-initial-backoff-ms 50
 retry-max-backoff-ms 30000 | retry-backoff-multiplier 1.5 | retry-jitter-factor 0.2 | disable-retries off
 retry-budget-ratio 0.2 | retry-budget-min-per-sec 10 | request-timeout-secs 1800 | connect-timeout-secs 10
@@ -65,6 +66,7 @@ CONTRACT_ALIASES = {
     "balance-abs-threshold": "spill-abs-threshold",
     "balance-rel-threshold": "spill-rel-threshold",
     "cache-threshold": "cache-match-threshold",
+    "eviction-interval-secs": "eviction-interval",
     "max-idle-secs": "sticky-key-idle-secs",
     "routing-key-override": "sticky-sessions",
     "ha-mesh": "enable-mesh",

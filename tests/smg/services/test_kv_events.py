@@ -140,7 +140,7 @@ class Site:
             template.replace("REPLAY", str(publisher.replay_port)),
             log=self.log,
             measured=lambda worker, tokens: self.sizes.append((worker.id, tokens)),
-            speaks_ids=lambda worker: self.speaks_ids,
+            speaks_ids=lambda: self.speaks_ids,
         )
         self.labels = labels
         self.worker: Worker | None = None
