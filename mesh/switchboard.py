@@ -34,6 +34,7 @@ from mesh.messages import (
     MemberUp,
     Message,
     NameConflict,
+    OwnOutranked,
     Packet,
     Ping,
     TablePull,
@@ -43,7 +44,7 @@ from mesh.namespace import Change, Lost
 from mesh.partition import PartitionWatch
 from mesh.pipe import Pipe
 from mesh.questions import Questions
-from mesh.replica import Replica, life_number
+from mesh.replica import Replica, life_above, life_number
 from mesh.seal import Sealer
 from mesh.settings import AgentSettings
 from mesh.streams import Streams
@@ -234,6 +235,9 @@ class Switchboard:
             self.log("left", told=event.told, acked=event.acked)
         elif isinstance(event, ClockAhead):
             self.log("clock_ahead", peer=event.name, their_s=event.their_s, our_s=int(event.our_s))
+        elif isinstance(event, OwnOutranked):
+            self.replica.own_outranked(life_above(event.incarnation), now)
+            self.log("outranked", incarnation=event.incarnation)
         elif isinstance(event, MemberUp | MemberChanged | MemberDown | Left | Forgotten):
             record = event.record
             life = life_number(record.born_s, record.boot)
