@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -139,18 +140,23 @@ class TraceRecorder:
             self._file.close()
 
     async def _write(self) -> None:
-        lines = [self._queue.popleft() for _ in range(min(WRITE_LINES, len(self._queue)))]
-        self._blocks -= sum(len(line.hash_ids) for line in lines)
+        lines = list(islice(self._queue, WRITE_LINES))
+        reason = ""
         if self._bytes >= FILE_BYTES_MAX:
-            self._fail(len(lines), f"the file has reached {FILE_BYTES_MAX >> 30} GiB")
-            return
-        try:
-            self._bytes += await trio.to_thread.run_sync(self._append, lines, limiter=WRITER)
-        except OSError as wrong:
-            self._fail(len(lines), wrong.strerror or str(wrong))
-            return
-        self.written += len(lines)
-        self._is_failing = False
+            reason = f"the file has reached {FILE_BYTES_MAX >> 30} GiB"
+        else:
+            try:
+                self._bytes += await trio.to_thread.run_sync(self._append, lines, limiter=WRITER)
+            except OSError as wrong:
+                reason = wrong.strerror or str(wrong)
+        for line in lines:  # not before: who is cancelled on the way to the thread has written nothing
+            self._queue.popleft()
+            self._blocks -= len(line.hash_ids)
+        if reason:
+            self._fail(len(lines), reason)
+        else:
+            self.written += len(lines)
+            self._is_failing = False
 
     def _append(self, lines: list[Line]) -> int:
         """In the thread: encodes and writes; the bytes written."""
