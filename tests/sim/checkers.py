@@ -8,7 +8,8 @@ mesh is quiet, an impostor has stopped.
 from __future__ import annotations
 
 from mesh.member import Status
-from tests.sim.world import Node, World
+from tests.sim.node import Node
+from tests.sim.world import World
 
 HEAL_S = 35.0
 """Time from the last fault to the check: p95 of a heal is 15 s, the rest is for the tail of 10,000 seeds."""

@@ -20,7 +20,8 @@ from mesh.member import Status
 from mesh.messages import MemberDown, MemberUp, Suspected
 from mesh.settings import MEMBERLIST_LAN, SwimSettings
 from tests.sim.network import Cut
-from tests.sim.world import Node, World, grow
+from tests.sim.node import Node
+from tests.sim.world import World, grow
 
 CONFIGS: dict[str, tuple[SwimSettings, bool]] = {
     "ours": (SwimSettings(), True),

@@ -14,7 +14,8 @@ from mesh.member import Record
 from mesh.messages import Event, Forgotten, Left, MemberDown, MemberUp, OwnOutranked
 from mesh.namespace import Counter, Ephemeral, Lww, Owned, Stream
 from mesh.replica import Replica, ReplicaSettings, life_above, life_number
-from tests.sim.world import EPOCH_S, Node, World
+from tests.sim.node import EPOCH_S, Node
+from tests.sim.world import World
 
 CONF, REG, LOAD, HITS, PREFIX = "conf", "reg", "load", "hits", "prefix"
 CHECKED = (CONF, REG, LOAD, HITS)
