@@ -109,7 +109,7 @@ class _Holdings:
 
     def __init__(self, placed: _Slot) -> None:
         self.placed = placed
-        self.older: _Slot | None = None  # the placements before the last `age`; only beside `stored`
+        self.older: _Slot | None = None  # the placements before the last `fade`
         self.stored: _Slot | None = None
         self.bits = placed.bit
         self.capacity = placed.capacity
@@ -273,6 +273,18 @@ class PrefixIndex:
             pairs.append((holdings.placed.used[block], block))
         return pairs
 
+    def chain_to(self, worker_id: str, block: int) -> list[int]:
+        """The chain placed on a worker from its first block to `block`; empty if the worker does not hold it."""
+        holdings = self._workers.get(worker_id)
+        chain: list[int] = []
+        while holdings is not None and block != ROOT and len(chain) < PROMPT_BLOCKS_MAX:
+            parent = holdings.placed.used.get(block)
+            if parent is None:
+                return []
+            chain.append(block)
+            block = parent
+        return chain[::-1]
+
     # -- placements ----------------------------------------------------------------------------
 
     def place(self, worker_id: str, hashes: Sequence[int]) -> Placement:
@@ -365,7 +377,13 @@ class PrefixIndex:
         call but one is forgotten unless the engine stored it. Without events nothing happens.
         """
         holdings = self._workers.get(worker_id)
-        if holdings is None or holdings.stored is None:
+        if holdings is not None and holdings.stored is not None:
+            self.fade(worker_id)
+
+    def fade(self, worker_id: str) -> None:
+        """Forget what was placed on the worker before the last call but one and was not used since."""
+        holdings = self._workers.get(worker_id)
+        if holdings is None:
             return
         if holdings.older is not None:
             holdings.bits &= ~holdings.older.bit

@@ -97,6 +97,13 @@ class PrefillModel:
             + self.per_pair_s * uncached_tokens * (cached_tokens + 0.5 * uncached_tokens)
         )
 
+    def linear_s(self, seconds: float) -> float:
+        """What a prefill of `seconds` with nothing cached would take without attention."""
+        rest = max(0.0, seconds - self.base_s)
+        per_token, per_pair = self.per_token_s, self.per_pair_s
+        tokens = (math.sqrt(per_token * per_token + 2.0 * per_pair * rest) - per_token) / per_pair
+        return min(seconds, self.base_s + tokens * per_token)
+
     def observe(
         self, uncached_tokens: float, cached_tokens: float, seconds: float, is_queued: bool = False
     ) -> float:

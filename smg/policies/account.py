@@ -1,82 +1,75 @@
-"""What one worker owes us: prefill seconds sent to it and not yet answered, and what others sent it.
+"""What waits on one worker, in seconds: our own requests, and what is known of everybody else's.
 
-This room owns the expected wait on one worker, in seconds, out of three sources: our own requests
-(exact: we see them leave and we see their first byte), the engine's last load report (everybody's
-requests, but some hundred milliseconds old) and what peers told of their placements since. It decides
-nothing and never reads a clock; the policy above feeds it and asks it.
-
-Work drains by itself: a worker computes one second of prefill per second. A report or a peer's word
-of age d is therefore worth its seconds minus d, which is what makes old news usable (docs/routing.md).
+This room owns the expected wait on one worker, out of three sources. Our own requests are exact: we
+see them leave and we see their first byte. The engine's load report counts everybody's, some hundred
+milliseconds late. Peers tell what they placed, after a delay. The last two fill one leaking bucket
+(`level`): a worker computes one second of prefill per second, so news of age d is worth its seconds
+minus d, which is what makes old news usable (docs/routing.md). While nobody else sends to the worker,
+our own account alone counts. It decides nothing and never reads a clock; the policy above feeds it.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import bisect_left, insort
+
+import msgspec
 
 from smg.fleet.service_model import CacheCapacity, PrefillModel
 from smg.fleet.worker import LoadReport, Worker
 from smg.policies.neighbours import Question
 
-PEER_NEWS_MAX = 1_024
-"""Peers' placements remembered since the last report; more than that in one poll interval is noise."""
-PEER_NEWS_S = 10.0
-"""Peers' placements older than this have been prefilled or are in the next report, if there ever is one."""
+RECENT_MAX = 64
+"""Placements on a worker remembered with their seconds: they tell what a report's waiting requests cost."""
+LATE_NEWS = 4
+"""Placements of a worker that may not have been heard of yet, when its queue is matched with what was heard."""
+ATTENTION_MAX = 4.0
+"""Bound of how much longer than its tokens alone a queue may take."""
 SLOTS = 64
 """Assumed size of a decode batch: how much a request in flight slows a prefill."""
 SLOWDOWN = 0.5
 """A prefill beside a full decode batch takes 1 + this times as long."""
 
 
-class Open:
+class Open(msgspec.Struct, gc=False, eq=False):
     """One of our requests on a worker, from its placement to its end."""
 
-    __slots__ = (
-        "is_clean",
-        "is_queued",
-        "is_stream",
-        "observed_s",
-        "predicted_tokens",
-        "question",
-        "seconds",
-        "sent_s",
-        "slowdown",
-    )
-
-    def __init__(
-        self, seconds: float, sent_s: float, is_stream: bool, predicted_tokens: int, question: Question
-    ) -> None:
-        self.seconds = seconds
-        self.sent_s = sent_s
-        self.is_stream = is_stream
-        self.predicted_tokens = predicted_tokens
-        """Cached tokens that the index predicted."""
-        self.question = question
-        self.is_clean = False
-        """Whether its time to first byte, or the gap to the one before, will be its own prefill."""
-        self.is_queued = False
-        """Whether it waited for one of ours."""
-        self.observed_s: float | None = None
-        """Seconds its prefill took, when that could be seen."""
-        self.slowdown = 1.0
-        """How much the worker's other requests slowed it, as far as known."""
+    call: object
+    """Kept alive, for its id is a key."""
+    seconds: float
+    sent_s: float
+    is_stream: bool
+    predicted_tokens: int
+    """Cached tokens that the index predicted."""
+    question: Question
+    home_blocks: int = 0
+    """Blocks that its worker was believed to hold for being the first home of an unknown session."""
+    is_clean: bool = False
+    """Whether its time to first byte, or the gap to the one before, will be its own prefill."""
+    is_queued: bool = False
+    """Whether it waited for one of ours."""
+    observed_s: float | None = None
+    """Seconds its prefill took, when that could be seen."""
+    slowdown: float = 1.0
+    """How much the worker's other requests slowed it, as far as known."""
 
 
 class Account:
     """The account of one worker. `open` holds requests whose first byte has not come, in order of sending."""
 
     __slots__ = (
+        "_level_at_s",
+        "_level_s",
+        "_queued_s",
+        "_recent",
+        "_reported_s",
         "blocked_s",
         "capacity",
         "empty_s",
         "fit",
-        "is_shared",
+        "has_others",
         "last_first_s",
         "open",
-        "own_since_s",
-        "peer_news",
-        "peer_since_s",
         "report",
-        "reported_s",
         "seconds",
     )
 
@@ -89,11 +82,13 @@ class Account:
         self.blocked_s = float("-inf")
         """When a report last told that all of ours wait and none is in prefill: slots or memory are full."""
         self.report: LoadReport | None = None
-        self.reported_s = 0.0  # everybody's backlog when `report` came
-        self.is_shared = False  # whether `report` told of requests that are not ours
-        self.own_since_s = 0.0  # sent by us since `report`
-        self.peer_since_s = 0.0  # sent by peers since `report`, as far as heard
-        self.peer_news: deque[tuple[float, float]] = deque()
+        self.has_others = False
+        """Whether the last report, or news since, told of requests that are not ours."""
+        self._level_s = 0.0  # everybody's prefill seconds at `_level_at_s`, as far as known
+        self._level_at_s = float("-inf")
+        self._reported_s = 0.0  # the level at `report`, and how much of it was queue
+        self._queued_s = 0.0
+        self._recent: list[tuple[float, float]] = []  # (sent, seconds) of everybody, in order of sending
         self.empty_s = float("-inf")
         """When the worker will have nothing left, if nothing more comes; kept by the policy above for its order."""
 
@@ -113,57 +108,79 @@ class Account:
             at_s = start + request.seconds
         return left if left > 0.0 else 0.0
 
+    def level_s(self, now: float) -> float:
+        """Seconds of everybody's prefill that are left, as far as known."""
+        left = self._level_s - (now - self._level_at_s)
+        return left if left > 0.0 else 0.0
+
     def wait_s(self, worker: Worker, report: LoadReport | None, now: float, mean_s: float) -> float:
         """Seconds until a request sent now would start its prefill.
 
         `report` is the worker's while it counts, else None; `mean_s` the usual prefill of this model.
         """
-        own = self.own_s(now) if self.open else 0.0
-        if report is None:
-            return own + self._peers_s(now) if self.peer_news else own
-        if report is not self.report:
+        if report is not None and report is not self.report:
             self.note(worker, report, mean_s)
-        if not self.is_shared:
-            return own + self._peers_s(now) if self.peer_news else own
-        left = self.reported_s - (now - report.at_s)
-        total = (left if left > 0.0 else 0.0) + self.own_since_s + self._peers_s(now)
-        return total if total > own else own
+        own = self.own_s(now) if self.open else 0.0
+        if not self.has_others:
+            return own
+        level = self.level_s(now)
+        return level if level > own else own
 
     def note(self, worker: Worker, report: LoadReport, mean_s: float) -> None:
         """Take a new report in. Must come before any other change: our own state is still that of its moment."""
         self.report = report
-        own = self.own_s(report.at_s)
-        fit = self.fit
         waiting = report.waiting
         if self.open and waiting >= len(self.open):
             self.blocked_s = report.at_s
-        if waiting and report.waiting_tokens is not None:
-            backlog = waiting * fit.base_s + report.waiting_tokens * fit.per_token_s
+        level = own = self.own_s(report.at_s)
+        self.has_others = report.running + waiting > worker.in_flight - worker.sent_since_report
+        if self.has_others:
+            recent = [seconds for sent_s, seconds in self._recent if sent_s <= report.at_s]
+            self._queued_s = self._queue_s(report, recent, mean_s) if waiting else 0.0
+            # One request is in prefill, most likely the one sent before those that wait; news may be missing.
+            in_front = max(recent[-waiting - 1 - LATE_NEWS :], default=mean_s)
+            current = min(max(self.level_s(report.at_s) - self._queued_s, 0.0), in_front)
+            if waiting and not current:
+                current = 0.5 * mean_s
+            level = max(own, self._queued_s + current)
+        self._reported_s = self._level_s = level
+        self._level_at_s = report.at_s
+
+    def _queue_s(self, report: LoadReport, recent: list[float], mean_s: float) -> float:
+        """Seconds of the requests that a report tells to be waiting."""
+        waiting, fit, tokens = report.waiting, self.fit, report.waiting_tokens
+        queue = recent[-waiting:]
+        known = sum(queue)
+        if tokens is None:
+            seconds = known + (waiting - len(queue)) * mean_s
         else:
-            backlog = waiting * mean_s
-        if waiting:
-            backlog += 0.5 * mean_s  # somebody is in front of those who wait
-        ours = worker.in_flight - worker.sent_since_report
-        self.is_shared = report.running + waiting > ours
-        self.reported_s = backlog if backlog > own else own
-        self.own_since_s = 0.0
-        news = self.peer_news
-        while news and news[0][0] <= report.at_s:
-            self.peer_since_s -= news.popleft()[1]
-        if not news:
-            self.peer_since_s = 0.0
+            told = waiting * fit.base_s + tokens * fit.per_token_s
+            # Tokens tell nothing of attention, which is most of a very long prompt: at least that of equally
+            # long ones, or as much as for those that we know.
+            straight = sum(map(fit.linear_s, queue))
+            ratio = min(known / straight, ATTENTION_MAX) if straight > 0.0 else 1.0
+            seconds = max(told * ratio, told + fit.per_pair_s * tokens * tokens / (2.0 * waiting))
+        return seconds * slowdown(report.running)
 
     def place(self, key: object, request: Open) -> None:
         """A request of ours goes to the worker."""
-        self.settle(request.sent_s)
-        report = self.report
+        if self.open:
+            self.settle(request.sent_s)
         # Its first byte will tell its own prefill if nobody is in front whose end we would not see.
-        request.is_clean = not self.is_shared or (
-            report is not None and report.waiting == 0 and not self.open and not self.own_since_s
-        )
+        if not self.has_others:
+            request.is_clean = True
+        else:
+            report = self.report
+            request.is_clean = (
+                report is not None
+                and report.waiting == 0
+                and not self.open
+                and self.level_s(request.sent_s) <= 0.0
+            )
         self.open[key] = request
         self.seconds += request.seconds
-        self.own_since_s += request.seconds
+        self._add(request.sent_s, request.seconds)
+        self._remember(request.sent_s, request.seconds)
 
     def first_byte(self, key: object, slower: float, now: float) -> None:
         """The first byte of a request of ours came: its prefill is over, and so is that of those before it."""
@@ -178,24 +195,84 @@ class Account:
             request.slowdown = slower
         self._drop(request)
         self.last_first_s = max(self.last_first_s, now)
+        if self.has_others:
+            self.passed(request.sent_s, now)
+
+    def passed(self, sent_s: float, now: float) -> None:
+        """The prefill of a request sent at `sent_s` is over, and so is that of all that was sent before it."""
+        later = 0.0
+        for other_s, seconds in reversed(self._recent):
+            if other_s <= sent_s:
+                break
+            later += seconds
+        self._level_s, self._level_at_s = min(self.level_s(now), later), now
 
     def end(self, key: object, now: float) -> None:
         """A request of ours ended, perhaps before its first byte."""
         request = self.open.pop(key, None)
         if request is not None:
-            self._drop(request)
+            seconds = request.seconds
+            # Float dust must not outlive the work.
+            self.seconds = self.seconds - seconds if self.open else 0.0
             if not request.is_stream:
-                self.last_first_s = max(self.last_first_s, min(now, request.sent_s + request.seconds))
+                over_s = request.sent_s + seconds
+                if over_s > now:
+                    over_s = now
+                if over_s > self.last_first_s:
+                    self.last_first_s = over_s
 
     def peer_placed(self, seconds: float, sent_s: float) -> None:
         """A peer told that it sent `seconds` of prefill at `sent_s` of our clock."""
-        if self.report is not None and sent_s <= self.report.at_s:
-            return  # the report has counted it
-        news = self.peer_news
-        news.append((sent_s, seconds))
-        self.peer_since_s += seconds
-        if len(news) > PEER_NEWS_MAX or news[0][0] < sent_s - PEER_NEWS_S:
-            self.peer_since_s -= news.popleft()[1]
+        self.has_others = True
+        report = self.report
+        if report is None or sent_s > report.at_s:
+            self._add(sent_s, seconds)
+            self._remember(sent_s, seconds)
+            return
+        self._remember(sent_s, seconds)
+        behind = len(self._recent) - 1 - bisect_left(self._recent, (sent_s, seconds))
+        if behind > report.waiting:
+            return  # it is over
+        # The report has counted it if it was waiting. If it was in prefill, no report tells how long that takes.
+        waiting, tokens = report.waiting, report.waiting_tokens
+        is_too_long = tokens is not None and self.fit.linear_s(seconds) > (
+            waiting * self.fit.base_s + tokens * self.fit.per_token_s
+        )
+        if behind == waiting or is_too_long:
+            told = seconds - (report.at_s - sent_s) + self._queued_s
+            if told > self._reported_s:
+                if self._level_s > 0.0:
+                    self._level_s += told - self._reported_s
+                else:
+                    self._level_s = max(0.0, told - (self._level_at_s - report.at_s))
+                self._reported_s = told
+
+    def others_done(self, now: float) -> None:
+        """Peers told that they have nothing on this worker any more: what is left is ours."""
+        self.has_others = False
+        self._level_s = min(self.level_s(now), self.own_s(now))
+        self._level_at_s = max(self._level_at_s, now)
+
+    def _add(self, sent_s: float, seconds: float) -> None:
+        report = self.report
+        if report is not None:
+            seconds *= slowdown(report.running)
+        at_s = max(self._level_at_s, sent_s)
+        level = self.level_s(at_s)
+        if level <= 0.0:  # late news of a worker that had nothing else to do
+            seconds_left = max(0.0, seconds - (at_s - sent_s))
+        else:
+            seconds_left = seconds
+        self._level_s, self._level_at_s = level + seconds_left, at_s
+
+    def _remember(self, sent_s: float, seconds: float) -> None:
+        recent = self._recent
+        if not recent or recent[-1][0] <= sent_s:
+            recent.append((sent_s, seconds))
+        else:
+            insort(recent, (sent_s, seconds))
+        if len(recent) > 2 * RECENT_MAX:
+            del recent[:RECENT_MAX]
 
     def settle(self, now: float) -> None:
         """Close plain requests whose prefill must be over by now: nothing tells when it is."""
@@ -212,14 +289,6 @@ class Account:
         self.seconds -= request.seconds
         if not self.open:
             self.seconds = 0.0  # float dust must not outlive the work
-
-    def _peers_s(self, now: float) -> float:
-        """What peers sent since the report and is left, if all of it came at once when the first of it did."""
-        if not self.peer_news:
-            return 0.0
-        if self.is_shared:
-            return max(0.0, self.peer_since_s)
-        return max(0.0, self.peer_since_s - (now - self.peer_news[0][0]))
 
 
 def slowdown(in_flight: int) -> float:

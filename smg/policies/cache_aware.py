@@ -17,7 +17,7 @@ from random import Random
 import msgspec
 
 from smg.api.call import Call
-from smg.fleet.block_hashes import BlockHasher
+from smg.fleet.block_hashes import BlockHasher, chain
 from smg.fleet.prefix_index import IndexSettings, Match, PrefixIndex
 from smg.fleet.service_model import CacheCapacity, PrefillModels, TokenLength
 from smg.fleet.worker import Worker
@@ -31,6 +31,11 @@ from smg.settings import Routing
 
 FOLLOWED_MAX = 4_096
 """Answers of owners that wait to be followed; each waits for microseconds."""
+CHARS_PER_TOKEN = 4
+"""For counts of characters where a prompt came as token ids."""
+NO_MATCH = Match(0, ())
+HOME_RATE = 0.02
+"""Share of an error that is corrected in the belief of what a first home holds: about the last 50 sessions count."""
 OBSERVE_S = 1e-4
 """A prefill shorter than this is the network's time, not the worker's."""
 
@@ -55,6 +60,7 @@ def cache_aware_settings(routing: Routing) -> CacheAwareSettings:
             balance_abs=routing.balance_abs_threshold,
             balance_rel=routing.balance_rel_threshold,
             token_usage=routing.balance_token_usage_threshold,
+            overload=routing.overload_token_usage_threshold,
         ),
     )
 
@@ -86,8 +92,31 @@ class CacheAware:
         self._length = TokenLength()
         self._open: dict[tuple[int, str], Open] = {}  # by (id of the call, worker): placed and not finished
         self._followed: dict[int, Decision] = {}  # by id of the call
-        self._memo: tuple[Call, Question] | None = None
-        self._matched: tuple[Question, Match] | None = None  # what the last choice saw
+        self._seed = self._hasher.seed(model)
+        self._block_bytes = self._hasher.settings.block_bytes
+        self._is_alone = isinstance(self._neighbours, Alone)
+        # The last question and its match, from `choose` to `placed`: nothing comes between the two.
+        self._asked: Call | None = None
+        self._question: Question | None = None
+        self._matched: Question | None = None
+        self._match = NO_MATCH
+        self._home = ""  # the first home of the last question, where homes counted
+        # Counted here and read when somebody scrapes (contract MET-9).
+        self.prompt_chars = 0
+        """Characters of routing text placed, four for each token where the client sent token ids."""
+        self.matched_chars = 0
+        """Those of them that the index believed on the worker that got them."""
+        self.predicted_tokens = 0
+        """Prompt tokens that the index predicted to be cached, over the answers that told `cached_tokens`."""
+        self.cached_tokens = 0
+        """Prompt tokens that those answers said were cached."""
+        self.text_prompts = 0
+        """Prompts looked at that came as text."""
+
+    @property
+    def model(self) -> str:
+        """The model whose requests it places."""
+        return self._model
 
     @classmethod
     def alone(cls, routing: Routing) -> CacheAware:
@@ -111,33 +140,51 @@ class CacheAware:
         question = self.question(call)
         if self._rule is not None:
             return self._rule.choose(question.blocks, workers, self._index, rng)[0]
-        view = self._prices.view(question, workers, now)
-        self._matched = (question, view.match)
-        return self._prices.cheapest(view, workers, now, rng)
+        prices = self._prices
+        view = prices.view(question, workers, now)
+        self._matched, self._match = question, view.match
+        self._home = view.homes[0] if view.homes else ""
+        return prices.cheapest(view, workers, now, rng)
 
     def placed(self, call: Call, worker: Worker, now: float) -> None:
         """Book the request: its blocks, its seconds, its share of the price; and tell the peers."""
-        question = self.question(call)
-        followed = self._followed.pop(id(call), None) if self._followed else None
-        matched, self._matched = self._matched, None
-        if matched is not None and matched[0] is question:  # chosen just now
-            match = matched[1]
+        question = self._question if self._asked is call else None
+        if question is None:
+            question = self.question(call)
+        worker_id, call_id = worker.id, id(call)
+        index, prices = self._index, self._prices
+        if self._matched is question:
+            match, home = self._match, self._home
         else:
-            match = self._index.match(question.blocks)
-        cached = cached_tokens(question, match.depth_of(self._index.bits_of(worker.id)))
-        account = self._prices.account(worker)
-        if account.capacity is None:
-            self._measure(account, worker, question)
-        seconds = account.fit.seconds(question.tokens - cached, cached)
-        request = Open(seconds, now, call.is_stream, cached, question)
-        self._open[(id(call), worker.id)] = request
-        self._prices.note(account, worker)
-        account.place(id(call), request)
-        self._prices.moved(account, worker.id, now)
-        self._prices.admit(seconds * slowdown(worker.in_flight), now)
-        placement = self._index.place(worker.id, question.blocks)
-        if followed is None or followed.worker_id != worker.id:  # else its owner has told it
-            self._neighbours.tell(News(placement, seconds), now)
+            match, home = index.match(question.blocks), ""
+        self._asked = self._matched = None  # a call is placed once: its body must not outlive it here
+        account = prices.accounts.get(worker_id) or prices.account(worker)
+        report = worker.report
+        if report is not None:
+            if account.capacity is None:
+                self._measure(account, worker, question)
+            if report is not account.report:
+                prices.note(account, worker)
+        tokens, chars, depth, cached = question.tokens, question.chars, 0, 0
+        if match.steps:
+            depth = match.depth_of(index.bits_of(worker_id))
+            cached = cached_tokens(question, depth)
+        self.prompt_chars += chars or tokens * CHARS_PER_TOKEN
+        self.matched_chars += depth * self._block_bytes if chars else cached * CHARS_PER_TOKEN
+        seconds = account.fit.seconds(tokens - cached, cached)
+        request = Open(call, seconds, now, call.is_stream, cached, question)
+        if home == worker_id:
+            request.home_blocks = len(question.blocks) - depth
+        self._open[(call_id, worker_id)] = request
+        account.place(call_id, request)
+        if prices.is_ordered:
+            prices.moved(account, worker_id, now)
+        prices.admit(seconds * slowdown(worker.in_flight), now)
+        placement = index.place(worker_id, question.blocks)
+        if not self._is_alone:
+            followed = self._followed.pop(call_id, None) if self._followed else None
+            if followed is None or followed.worker_id != worker_id:  # else its owner has told it
+                self._neighbours.tell(News(placement, seconds), now)
 
     def first_byte(self, call: Call, worker: Worker, ttft_s: float, now: float) -> None:
         """The prefill of the call is over."""
@@ -149,15 +196,25 @@ class CacheAware:
 
     def finished(self, call: Call, worker: Worker, outcome: Outcome, now: float) -> None:
         """Settle the account and learn from the answer."""
-        request = self._open.pop((id(call), worker.id), None)
-        account = self._prices.known(worker.id)
+        worker_id, call_id, prices = worker.id, id(call), self._prices
+        request = self._open.pop((call_id, worker_id), None)
+        account = prices.accounts.get(worker_id)
         if request is None or account is None:
             return
-        self._prices.note(account, worker)
-        account.end(id(call), now)
-        self._prices.moved(account, worker.id, now)
-        if outcome.is_success:
-            self._learn(worker.id, account, request, outcome, now)
+        if worker.report is not account.report:
+            prices.note(account, worker)
+        account.end(call_id, now)
+        if prices.is_ordered:
+            prices.moved(account, worker_id, now)
+        if not outcome.is_success:
+            return
+        if account.has_others and not request.is_stream:
+            account.passed(request.sent_s, now)
+        if request.is_stream and outcome.ttft_s is not None:
+            decode_s = outcome.duration_s - outcome.ttft_s
+            prices.decode_s += 0.05 * (max(0.0, decode_s) - prices.decode_s)
+        if outcome.prompt_tokens:
+            self._learn(worker_id, account, request, outcome, now)
 
     def removed(self, worker: Worker) -> None:
         """The worker left: it owns nothing, and its account is closed."""
@@ -196,25 +253,41 @@ class CacheAware:
 
     def question(self, call: Call) -> Question:
         """What deciding needs of a call. Remembered for the last call: it is asked for more than once."""
-        memo = self._memo
-        if memo is not None and memo[0] is call:
-            return memo[1]
+        if self._asked is call and self._question is not None:
+            return self._question
         salt = call.document.get("cache_salt")
-        seed = self._hasher.seed(self._model, salt if isinstance(salt, str) else "")
+        seed = self._hasher.seed(self._model, salt) if isinstance(salt, str) else self._seed
         key = key_of(call.routing_key) if call.routing_key else None
-        ids = call.token_ids()
+        ids = call.token_ids() if call.endpoint.takes_token_ids else None
         if ids is not None:
             blocks = self._hasher.token_blocks(ids, seed)
             question = Question(
                 tuple(blocks), max(1, len(ids)), float(self._hasher.settings.block_tokens), key, 0
             )
         else:
-            data = call.text().encode("utf-8", "surrogatepass")
-            blocks = self._hasher.text_blocks(data, seed)
-            block_tokens = self._hasher.settings.block_bytes / self._length.chars_per_token
-            question = Question(tuple(blocks), self._length.tokens(len(data)), block_tokens, key, len(data))
-        self._memo = (call, question)
+            self.text_prompts += 1
+            text = call.text()
+            data = text.encode() if text.isascii() else text.encode("utf-8", "surrogatepass")
+            length = len(data)
+            chars_per_token = self._length.chars_per_token
+            block_bytes = self._block_bytes
+            question = Question(
+                tuple(chain(data, block_bytes, seed)),
+                max(1, round(length / chars_per_token)),
+                block_bytes / chars_per_token,
+                key,
+                length,
+            )
+        self._asked, self._question = call, question
         return question
+
+    def blocks_of(self, call: Call) -> int:
+        """Blocks of the call's prompt, as the index counts them."""
+        return len(self.question(call).blocks)
+
+    def follows(self, call: Call) -> bool:
+        """Whether an owner has decided about the call, and `choose` will follow."""
+        return id(call) in self._followed
 
     def session(self, question: Question) -> int | None:
         """The key whose owner should decide a question; None when there is nothing that could be shared."""
@@ -225,6 +298,11 @@ class CacheAware:
         """Prefill seconds that are cached nowhere as far as we know: what an owner's answer is worth asking for."""
         cached = cached_tokens(question, self._index.match(question.blocks).depth)
         return self._fits.get(self._model).seconds(question.tokens - cached, cached)
+
+    def owed_s(self, worker_id: str, now: float) -> float:
+        """Seconds of prefill that this gateway sent to a worker and that are not done."""
+        account = self._prices.known(worker_id)
+        return account.own_s(now) if account is not None else 0.0
 
     def decide(
         self, question: Question, workers: Sequence[Worker], now: float, rng: Random
@@ -246,6 +324,19 @@ class CacheAware:
         self._neighbours.tell(News(placement, seconds), now)
         return Decision(worker.id, seconds, depth)
 
+    def foresee(
+        self, question: Question, workers: Sequence[Worker], now: float, rng: Random
+    ) -> Decision | None:
+        """What `decide` would answer now; books nothing."""
+        if not workers:
+            return None
+        view = self._prices.view(question, workers, now)
+        worker = self._prices.cheapest(view, workers, now, rng)
+        depth = view.match.depth_of(self._index.bits_of(worker.id))
+        cached = cached_tokens(question, depth)
+        seconds = self._prices.account(worker).fit.seconds(question.tokens - cached, cached)
+        return Decision(worker.id, seconds, depth)
+
     def follow(self, call: Call, decision: Decision) -> None:
         """The owner has answered: the next `choose` of this call follows if that worker is a candidate."""
         if len(self._followed) >= FOLLOWED_MAX:
@@ -262,7 +353,26 @@ class CacheAware:
         self._prices.admit(news.seconds, now)
         return self._index.apply(news.placement)
 
+    def peers_done(self, worker_id: str, now: float) -> None:
+        """The peers have no request on a worker any more, as far as heard: what they placed there is done."""
+        account = self._prices.known(worker_id)
+        if account is not None:
+            account.others_done(now)
+            self._prices.moved(account, worker_id, now)
+
     # -- learning ------------------------------------------------------------------------------
+
+    def sized(self, worker: Worker, tokens: int) -> None:
+        """The worker's engine began to evict when it held so many tokens (`services/kv_events`)."""
+        account = self._prices.known(worker.id)
+        if account is None:
+            return
+        if account.capacity is None:
+            account.capacity = CacheCapacity(tokens)
+        account.capacity.tokens = max(float(CacheCapacity.TOKENS_MIN), float(tokens))
+        question = self._question
+        if question is not None:
+            self._resize(account, worker.id, question)
 
     def _measure(self, account: Account, worker: Worker, question: Question) -> None:
         """Start the learned size of a worker's cache from what its engine tells, if it does."""
@@ -280,12 +390,8 @@ class CacheAware:
 
     def _learn(self, worker_id: str, account: Account, request: Open, outcome: Outcome, now: float) -> None:
         prices, question = self._prices, request.question
-        if request.is_stream and outcome.ttft_s is not None:
-            decode_s = max(0.0, outcome.duration_s - outcome.ttft_s)
-            prices.decode_s += 0.05 * (decode_s - prices.decode_s)
         prompt, cached = outcome.prompt_tokens, outcome.cached_tokens
-        if not prompt:
-            return
+        assert prompt is not None
         if question.chars:
             self._length.observe(question.chars, prompt)
         predicted = request.predicted_tokens
@@ -297,13 +403,17 @@ class CacheAware:
                 account.fit.observe(prompt - had, had, seconds, request.is_queued)
         if cached is None:
             return
+        self.predicted_tokens += predicted
+        self.cached_tokens += cached
         if predicted:
-            if account.capacity is None:
-                account.capacity = CacheCapacity(self._index.capacity_of(worker_id) * question.block_tokens)
-            claimed = self._index.blocks_of(worker_id) * question.block_tokens
-            account.capacity.observe(predicted, cached, claimed, now)
+            capacity = account.capacity
+            if capacity is None:
+                blocks = self._index.capacity_of(worker_id)
+                capacity = account.capacity = CacheCapacity(blocks * question.block_tokens)
+            if capacity.count(predicted, cached, now):
+                capacity.judge(self._index.blocks_of(worker_id) * question.block_tokens, now)
             self._resize(account, worker_id, question)
-        elif question.blocks and prices.sigma() > 0.0:
-            # Nothing was known of this session here: how much did a worker hold that a peer had chosen?
-            share = min(1.0, cached / max(1.0, len(question.blocks) * question.block_tokens))
-            prices.home_share += 0.02 * (share - prices.home_share)
+        if request.home_blocks:
+            # Nobody had told us of this session, and it went to its first home: had a peer chosen that before?
+            share = (cached - predicted) / (request.home_blocks * question.block_tokens)
+            prices.home_share += HOME_RATE * (min(max(share, 0.0), 1.0) - prices.home_share)

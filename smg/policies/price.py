@@ -17,12 +17,14 @@ from bisect import bisect_left, insort
 from collections.abc import Sequence
 from random import Random
 
+import msgspec
+
 from smg.fleet.prefix_index import Match, PrefixIndex
 from smg.fleet.service_model import PrefillModel, PrefillModels
 from smg.fleet.worker import Worker
-from smg.policies.account import Account, slowdown
+from smg.policies.account import SLOTS, SLOWDOWN, Account, slowdown
 from smg.policies.homes import Homes
-from smg.policies.neighbours import Neighbours, Question
+from smg.policies.neighbours import Alone, Neighbours, Question
 
 RATE_S = 30.0
 """Time constant of the utilisation behind the price: longer than a burst, shorter than a day's tide."""
@@ -53,56 +55,37 @@ TIE_S = 1e-9
 """Costs closer than this are equal."""
 
 
-class View:
+class View(msgspec.Struct, gc=False, eq=False):
     """The facts of one decision that are the same for all candidates."""
 
-    __slots__ = (
-        "homes",
-        "is_cold",
-        "last_depth",
-        "last_fit",
-        "last_s",
-        "match",
-        "penalty_s",
-        "price",
-        "question",
-        "trunk",
-    )
-
-    def __init__(self, question: Question, match: Match, trunk: int, price: float) -> None:
-        self.question = question
-        self.match = match
-        self.trunk = trunk
-        self.price = price
-        self.is_cold = match.depth <= trunk
-        """Nobody holds more of this prompt than what everybody shares."""
-        self.penalty_s = 0.0
-        self.homes: tuple[str, ...] = ()
-        # The prefill computed last, for the next candidate with as many cached blocks.
-        self.last_depth = -1
-        self.last_fit: PrefillModel | None = None
-        self.last_s = 0.0
+    question: Question
+    match: Match
+    price: float
+    penalty_s: float = 0.0
+    homes: tuple[str, ...] = ()
 
 
 class Prices:
     """The prices of one model."""
 
     __slots__ = (
-        "_accounts",
         "_dial",
         "_fits",
         "_fleet",
         "_homes",
         "_index",
-        "_is_ordered",
+        "_is_alone",
         "_model",
         "_neighbours",
         "_order",
         "_positions",
+        "_price_max",
         "_rate",
         "_rate_s",
+        "accounts",
         "decode_s",
         "home_share",
+        "is_ordered",
         "mean_s",
     )
 
@@ -114,10 +97,14 @@ class Prices:
         self._index = index
         self._fits = fits
         self._neighbours = neighbours
+        self._is_alone = isinstance(neighbours, Alone)
+        self._price_max = max(PRICE_CAP, PRICE_CAP_PER_DIAL * dial)
         self._homes = Homes()
-        self._accounts: dict[str, Account] = {}
+        self.accounts: dict[str, Account] = {}
+        """By worker, opened on first use (`account`)."""
         self._order: list[tuple[float, str]] = []  # (`empty_s`, id) of all accounts, sorted; for large fleets
-        self._is_ordered = False
+        self.is_ordered = False
+        """Whether the order of accounts is kept, so that `moved` has something to do."""
         self._fleet: Sequence[Worker] = ()  # the candidates that `_positions` was made for
         self._positions: dict[str, int] = {}
         self._rate = 0.0  # prefill seconds admitted per second, at `_rate_s`
@@ -134,36 +121,83 @@ class Prices:
     def view(self, question: Question, workers: Sequence[Worker], now: float) -> View:
         """The facts of a decision. Changes nothing."""
         match = self._index.match(question.blocks)
-        trunk = self._index.trunk_depth(question.blocks, match.depth)
-        view = View(question, match, trunk, self.price(len(workers), now))
-        if view.is_cold:
-            sigma = self.sigma()
-            key = session(question, trunk) if sigma > 0.0 else None
-            if key is not None:
-                view.homes = self._homes.pair(key, workers)
-                view.penalty_s = sigma * COHERENCE * self._fits.get(self._model).seconds(question.tokens, 0)
+        view = View(question, match, self.price(len(workers), now))
+        if not self._is_alone:
+            depth = match.depth
+            if self._index.is_trunk(question.blocks, depth):
+                # Nobody holds more of this prompt than what everybody shares.
+                sigma = self.sigma()
+                key = session(question, depth) if sigma > 0.0 else None
+                if key is not None:
+                    cold_s = self._fits.get(self._model).seconds(question.tokens, 0)
+                    view.homes = self._homes.pair(key, workers)
+                    view.penalty_s = sigma * COHERENCE * cold_s
         return view
 
     def cheapest(self, view: View, workers: Sequence[Worker], now: float, rng: Random) -> Worker:
         """The candidate with the lowest cost; ties by priority, then by `rng`."""
         if len(workers) > FLEET_MAX:
             workers = [workers[position] for position in self.promising(view, workers, now)]
+        question, price, match, has_homes = view.question, view.price, view.match, bool(view.homes)
+        steps, tokens, block_tokens = match.steps, question.tokens, question.block_tokens
+        accounts, bits_of = self.accounts, self._index.bits_of
         lowest = math.inf
-        best: list[Worker] = []
+        best: Worker | None = None
+        ties: list[Worker] | None = None
+        fit: PrefillModel | None = None
+        priced, seconds, depth = -1, 0.0, 0  # `seconds` are those of `fit` with `priced` blocks cached
+        # The arithmetic of `terms` once more, without calls and tuples: this loop is most of a decision.
+        # What is rare goes to `terms` itself, and a test holds the two together.
         for worker in workers:
-            wait, prefill, penalty = self.terms(view, worker, now)
-            cost = (wait + prefill + penalty) * worker.spec.cost
+            worker_id = worker.id
+            account = accounts.get(worker_id)
+            if account is None:
+                account = self.account(worker)
+            report = worker.report
+            if report is not None and worker.report_until_s <= now:
+                report = None
+            if has_homes or (
+                report is not None and report.kv_usage is not None and report.kv_usage > KV_FULL
+            ):
+                wait, prefill, penalty = self.terms(view, worker, now)
+                cost = (wait + prefill + penalty) * worker.spec.cost
+            else:
+                if steps:
+                    depth = match.depth_of(bits_of(worker_id))
+                if depth != priced or account.fit is not fit:  # most workers hold equally little
+                    priced, fit = depth, account.fit
+                    cached = int(depth * block_tokens)
+                    if cached >= tokens:
+                        cached = tokens - 1
+                    seconds = fit.seconds(tokens - cached, cached)
+                in_flight = worker.in_flight + worker.peers_in_flight
+                if report is None:
+                    wait = (
+                        account.wait_s(worker, None, now, 0.0) if account.open or account.has_others else 0.0
+                    )
+                elif report is account.report and not (account.open or account.has_others):
+                    wait = 0.0
+                else:
+                    wait = account.wait_s(worker, report, now, self.mean_s)
+                    if account.has_others:
+                        everybodys = report.running + report.waiting + worker.sent_since_report
+                        if everybodys > in_flight:
+                            in_flight = everybodys
+                slower = 1.0 + SLOWDOWN * (in_flight if in_flight < SLOTS else SLOTS) / SLOTS
+                cost = (wait + price * seconds * slower) * worker.spec.cost
             if cost < lowest - TIE_S:
-                lowest = cost
-                best = [worker]
-            elif cost <= lowest + TIE_S:
-                best.append(worker)
-        return pick(best, rng)
+                lowest, best, ties = cost, worker, None
+            elif cost <= lowest + TIE_S and best is not None:
+                if ties is None:
+                    ties = [best]
+                ties.append(worker)
+        assert best is not None, "there are candidates, and costs are finite"
+        return best if ties is None else pick(ties, rng, view.homes)
 
     def terms(self, view: View, worker: Worker, now: float) -> tuple[float, float, float]:
         """(wait, price x prefill, coherence) of one candidate, in seconds."""
         worker_id = worker.id
-        account = self._accounts.get(worker_id) or self.account(worker)
+        account = self.accounts.get(worker_id) or self.account(worker)
         report = worker.report
         if report is not None and worker.report_until_s <= now:
             report = None
@@ -176,34 +210,32 @@ class Prices:
                 depth += int(self.home_share * (len(view.question.blocks) - depth))
             elif worker_id not in view.homes:
                 penalty = view.penalty_s
-        if depth == view.last_depth and account.fit is view.last_fit:  # most workers hold equally little
-            seconds = view.last_s
-        else:
-            cached = cached_tokens(view.question, depth)
-            seconds = account.fit.seconds(view.question.tokens - cached, cached)
-            view.last_depth, view.last_fit, view.last_s = depth, account.fit, seconds
-        in_flight = worker.in_flight
+        cached = cached_tokens(view.question, depth)
+        seconds = account.fit.seconds(view.question.tokens - cached, cached)
+        in_flight = worker.in_flight + worker.peers_in_flight
         if report is not None:
-            if account.is_shared:
+            if account.has_others:
                 in_flight = max(in_flight, report.running + report.waiting + worker.sent_since_report)
             usage = report.kv_usage
-            if usage is not None and usage > KV_FULL and report.kv_capacity_tokens:
-                fresh = view.question.tokens - cached_tokens(view.question, depth)
-                if fresh > (1.0 - usage) * report.kv_capacity_tokens:
+            capacity = report.kv_capacity_tokens
+            if usage is not None and usage > KV_FULL and capacity:
+                fresh = view.question.tokens - cached
+                if fresh > (1.0 - usage) * capacity:
                     wait += 0.5 * self.decode_s
         return wait, view.price * seconds * slowdown(in_flight), penalty
 
     def promising(self, view: View, workers: Sequence[Worker], now: float) -> list[int]:
         """Positions of the candidates worth pricing in a large fleet: holders, homes, the least burdened."""
         positions = self._places(workers)
-        if not self._is_ordered:
-            self._is_ordered = True
-            for worker_id, account in self._accounts.items():
+        if not self.is_ordered:
+            self.is_ordered = True
+            for worker_id, account in self.accounts.items():
                 self.moved(account, worker_id, now)
         names: list[str] = list(view.homes)
         seen = 0
+        trunk = self._index.trunk_depth(view.question.blocks, view.match.depth)
         for depth, owners in view.match.steps:
-            if depth <= view.trunk:
+            if depth <= trunk:
                 break  # everybody has the trunk: the least burdened will do
             names += self._holders(owners & ~seen)
             seen |= owners
@@ -233,12 +265,13 @@ class Prices:
     def price(self, workers: int, now: float) -> float:
         """The shadow price: about 1/(1 - rho) for the delay of others, times the dial for what is evicted."""
         rate = self._rate * math.exp((self._rate_s - now) / RATE_S)
-        count = self._neighbours.count()
-        if count > 1 and math.isinf(self._neighbours.delay_s()):
-            rate *= count  # peers are as busy as we are, we only do not hear of it
-        rho = min(rate / workers, UTILISATION_MAX)
-        price = EVICTION * self._dial / (1.0 - rho)
-        return min(price, max(PRICE_CAP, PRICE_CAP_PER_DIAL * self._dial))
+        if not self._is_alone:
+            count = self._neighbours.count()
+            if count > 1 and math.isinf(self._neighbours.delay_s()):
+                rate *= count  # peers are as busy as we are, we only do not hear of it
+        rho = rate / workers
+        price = EVICTION * self._dial / (1.0 - (rho if rho < UTILISATION_MAX else UTILISATION_MAX))
+        return price if price < self._price_max else self._price_max
 
     def sigma(self) -> float:
         """Share of the placements that this gateway cannot know yet, 0 to 1."""
@@ -247,27 +280,22 @@ class Prices:
             return 0.0
         return (count - 1) / count * (1.0 - math.exp(-self._neighbours.delay_s() / TRUST_S))
 
-    def first_home(self, question: Question, trunk: int, workers: Sequence[Worker]) -> str | None:
-        """The first home of a question's session."""
-        key = session(question, trunk)
-        return self._homes.pair(key, workers)[0] if key is not None and workers else None
-
     # -- booking -------------------------------------------------------------------------------
 
     def account(self, worker: Worker) -> Account:
         """The account of a worker, opened on first use."""
-        account = self._accounts.get(worker.id)
+        account = self.accounts.get(worker.id)
         if account is None:
             worker_class = worker.spec.labels.get("class", "")
             account = Account(self._fits.get(self._model, worker_class))
-            self._accounts[worker.id] = account
-            if self._is_ordered:
+            self.accounts[worker.id] = account
+            if self.is_ordered:
                 insort(self._order, (account.empty_s, worker.id))
         return account
 
     def known(self, worker_id: str) -> Account | None:
         """The account of a worker, if it has one."""
-        return self._accounts.get(worker_id)
+        return self.accounts.get(worker_id)
 
     def note(self, account: Account, worker: Worker) -> None:
         """Take in a report that came since the last event; before the event changes anything."""
@@ -283,16 +311,16 @@ class Prices:
 
     def moved(self, account: Account, worker_id: str, now: float) -> None:
         """The account changed: put it at its place among the others, if anybody looks at that order."""
-        if not self._is_ordered:
+        if not self.is_ordered:
             return
         self._unorder(account, worker_id)
-        left = max(account.seconds, account.own_since_s if account.is_shared else 0.0) + account.peer_since_s
+        left = max(account.seconds, account.level_s(now) if account.has_others else 0.0)
         account.empty_s = now + left if left > 0.0 else min(account.empty_s, now)
         insort(self._order, (account.empty_s, worker_id))
 
     def close(self, worker_id: str) -> None:
         """The worker is gone."""
-        account = self._accounts.pop(worker_id, None)
+        account = self.accounts.pop(worker_id, None)
         if account is not None:
             self._unorder(account, worker_id)
         self._fleet = ()
@@ -326,9 +354,13 @@ def session(question: Question, trunk: int) -> int | None:
     return blocks[min(trunk, len(blocks) - 1)] if blocks else None
 
 
-def pick(best: Sequence[Worker], rng: Random) -> Worker:
-    """One of several equal workers: the highest priority (WRK-16), then chance."""
+def pick(best: Sequence[Worker], rng: Random, homes: Sequence[str] = ()) -> Worker:
+    """One of several equal workers: the highest priority (WRK-16), then the first home if it is known, then chance."""
     if len(best) > 1:
         top = max(worker.spec.priority for worker in best)
         best = [worker for worker in best if worker.spec.priority == top]
+    if homes and len(best) > 1:
+        for worker in best:
+            if worker.id == homes[0]:
+                return worker
     return best[0] if len(best) == 1 else best[rng.randrange(len(best))]

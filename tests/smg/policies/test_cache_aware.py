@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from smg.api.call import Call
 from smg.api.endpoints import CHAT, GENERATE
 from smg.fleet import load
-from smg.fleet.block_hashes import BlockHasher
-from smg.fleet.prefix_index import PrefixIndex
+from smg.fleet.block_hashes import ROOT, BlockHasher
+from smg.fleet.prefix_index import Placement, PrefixIndex
 from smg.fleet.service_model import PrefillModels
 from smg.fleet.worker import Worker, WorkerSpec
 from smg.policies.cache_aware import CacheAware, CacheAwareSettings
@@ -190,12 +190,51 @@ def test_a_report_of_our_own_requests_adds_nothing_to_our_own_account():
     assert site.rows("x")[worker.id].wait == pytest.approx(before)
 
 
-def test_a_report_that_is_too_old_does_not_count():
+def test_what_an_old_report_told_drains_and_is_not_told_again():
     site = Site(workers_of(1))
     worker = site.workers[0]
     reported(worker, site.now, until_s=site.now + 0.75, running=5, waiting=9, waiting_tokens=90_000)
-    assert site.rows("x")[worker.id].wait > 1.0
+    told = site.rows("x")[worker.id].wait
+    assert told > 1.0
     site.now += 1.0
+    assert site.rows("x")[worker.id].wait == pytest.approx(told - 1.0)
+    site.now += 100.0
+    assert site.rows("x")[worker.id].wait == 0.0
+
+
+def test_news_of_a_long_prefill_counts_although_the_last_report_saw_no_queue():
+    site = Site(workers_of(1), CacheAware("m", neighbours=Mesh()))
+    worker = site.workers[0]
+    site.rows("x")
+    reported(worker, site.now + 0.5, running=1, waiting=0)
+    site.now += 1.0
+    news = News(Placement(worker.id, ROOT, (5, 6, 7)), 12.0)
+    site.policy.heard(news, site.now - 0.8, site.now)  # sent before the report, in prefill when it came
+    assert site.rows("x")[worker.id].wait == pytest.approx(11.2)
+
+
+def test_news_that_a_report_has_counted_is_not_counted_twice():
+    site = Site(workers_of(1), CacheAware("m", neighbours=Mesh()))
+    worker = site.workers[0]
+    site.rows("x")
+    reported(worker, site.now + 0.5, running=1, waiting=2, waiting_tokens=24_000)
+    site.now += 1.0
+    before = site.rows("x")[worker.id].wait
+    news = News(Placement(worker.id, ROOT, (5, 6, 7)), 1.0)
+    site.policy.heard(news, site.now - 0.8, site.now)
+    assert site.rows("x")[worker.id].wait == pytest.approx(before)
+
+
+def test_our_own_first_byte_ends_what_others_had_sent_before():
+    site = Site(workers_of(1), CacheAware("m", neighbours=Mesh()))
+    worker = site.workers[0]
+    site.rows("x")
+    site.policy.heard(News(Placement(worker.id, ROOT, (5,)), 20.0), site.now, site.now)
+    site.now += 0.1
+    asked, _ = site.send(text_of(1, 4))
+    assert site.rows("x")[worker.id].wait > 19.0
+    site.now += 2.0
+    site.policy.first_byte(asked, worker, 2.0, site.now)
     assert site.rows("x")[worker.id].wait == 0.0
 
 
