@@ -105,7 +105,7 @@ class Exchange:
         for table in self.pushes(now):
             self._outbox.effect(SendByStream(member.name, member.address, table))
 
-    def reply(self, peer: str, address: Address, now: float) -> None:
+    def reply(self, peer: str | None, address: Address, now: float) -> None:
         """Answer a push."""
         for table in self.pulls(now):
             self._outbox.effect(SendByStream(peer, address, table))

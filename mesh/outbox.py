@@ -54,7 +54,7 @@ class Outbox:
             self.datagram(member.address, body, first)
 
     def reply(
-        self, peer: str, address: Address, by_stream: bool, body: Body, first: tuple[News, ...] = ()
+        self, peer: str | None, address: Address, by_stream: bool, body: Body, first: tuple[News, ...] = ()
     ) -> None:
         """Answer the way the question came."""
         if by_stream:

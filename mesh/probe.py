@@ -72,7 +72,7 @@ class _Relay:
     __slots__ = ("address", "by_stream", "is_answered", "origin", "origin_address", "origin_seq")
 
     def __init__(
-        self, origin: str, origin_address: Address, by_stream: bool, origin_seq: int, address: Address
+        self, origin: str | None, origin_address: Address, by_stream: bool, origin_seq: int, address: Address
     ):
         self.origin = origin
         self.origin_address = origin_address
@@ -132,12 +132,17 @@ class Detector:
     def stop(self) -> None:
         """No more probes of our own; others are still answered while we leave."""
         self._is_running = False
-        self.void()
-
-    def void(self) -> None:
-        """Our own loop was late: rounds under way prove nothing."""
         for probe in list(self._rounds.values()):
             self._end(probe)
+
+    def void(self, now: float) -> None:
+        """Our own loop was late: silence so far proves nothing. Where a stream's end was the reason to ask, ask again."""
+        for probe in list(self._rounds.values()):
+            self._end(probe)
+            member = probe.member
+            is_same = self._roster.get(member.name) is member and member.record.boot == probe.boot
+            if probe.has_eof and is_same and member.is_live:
+                self._begin(member, now, (), is_regular=False, has_eof=True)
 
     def next_seq(self) -> int:
         """A number no answer under way carries."""
@@ -222,7 +227,7 @@ class Detector:
                     self._condemn_if_refused(probe, now)
 
     def on_ping_req(
-        self, request: PingReq, origin: str, address: Address, by_stream: bool, now: float
+        self, request: PingReq, origin: str | None, address: Address, by_stream: bool, now: float
     ) -> None:
         """Someone asks us to ping a member for it."""
         if len(self._relays) >= RELAYS_MAX or request.target_name == self._own.name:

@@ -191,7 +191,7 @@ class Swim:
     def loop_lag(self, lag_s: float, now: float) -> None:
         """The shell's own loop was this late (beyond what `tick` sees): counts against our health, holds verdicts."""
         if self._awareness.note_lag(lag_s, now):
-            self._detector.void()
+            self._detector.void(now)
 
     def clock(self, wall_s: float, now: float) -> None:
         """The wall clock, again: call it once a minute, so that a corrected clock stops refusing its peers."""
@@ -239,10 +239,10 @@ class Swim:
             member.heard_s = now
         if isinstance(table, TablePush):
             if table.wants_reply:
-                self._exchange.reply(source.name, address, now)
+                self._exchange.reply(self._stream_of(source), address, now)
         elif must_answer:
             # the stream that told us we are dead carries our answer, so that it cannot be lost
-            self._outbox.stream(source.name, address, Gossip(), (self._own.record,))
+            self._outbox.stream(self._stream_of(source), address, Gossip(), (self._own.record,))
         self._after(now)
 
     def update_own(
@@ -357,7 +357,7 @@ class Swim:
         elif isinstance(body, Ack):
             self._on_ack(body, source, address, now, by_stream)
         elif isinstance(body, PingReq):
-            self._detector.on_ping_req(body, source.name, address, by_stream, now)
+            self._detector.on_ping_req(body, self._stream_of(source), address, by_stream, now)
         elif isinstance(body, Nack):
             self._detector.on_nack(body, now)
         elif isinstance(body, Conflict):
@@ -380,7 +380,7 @@ class Swim:
         is_known = member is not None and member.record.boot == source.boot
         known = member.record.incarnation if member is not None and is_known else 0
         ack = Ack(ping.seq, own.boot, self._awareness.lag_ms(now), known)
-        self._outbox.reply(source.name, address, by_stream, ack, tuple(first))
+        self._outbox.reply(self._stream_of(source), address, by_stream, ack, tuple(first))
 
     def _on_ack(self, ack: Ack, source: Source, address: Address, now: float, by_stream: bool) -> None:
         if self._contests.on_ack(ack, now):
@@ -397,7 +397,7 @@ class Swim:
                 self._detector.on_datagram_from(member)
             self._exchange.compare(member, source.fingerprint, now)
         if ack.known_incarnation != self._own.record.incarnation:
-            self._outbox.reply(source.name, address, by_stream, Gossip(), (self._own.record,))
+            self._outbox.reply(self._stream_of(source), address, by_stream, Gossip(), (self._own.record,))
 
     def _note_source(
         self, source: Source, address: Address, now: float, by_stream: bool, is_ping: bool
@@ -418,7 +418,12 @@ class Swim:
             self._strangers.pop(source.name, None)
             self._strangers[source.name] = now
             ping = Ping(self._detector.next_seq(), source.name, b"", 0)
-            self._outbox.reply(source.name, address, by_stream, ping)
+            self._outbox.reply(self._stream_of(source), address, by_stream, ping)
+
+    def _stream_of(self, source: Source) -> str | None:
+        """The name whose stream answers this speaker; None, and so its address, if that name is another life's."""
+        member = self._roster.get(source.name)
+        return source.name if member is not None and member.record.boot == source.boot else None
 
     def _follow(self, outcome: Outcome, record: Record, now: float) -> None:
         """What a statement calls for besides the change of the table."""
@@ -475,7 +480,7 @@ class Swim:
         """A timer that should have run long ago: our loop was late, and what it measured is void."""
         lag_s = now - self._timers.next_s()
         if lag_s > self._settings.lag_unhealthy_s and self._awareness.note_lag(lag_s, now):
-            self._detector.void()
+            self._detector.void(now)
 
     def _stop(self) -> None:
         """Silent from now on; what already waits in the outbox is still sent."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from mesh.contest import CONTESTS_MAX
-from mesh.messages import NameConflict, Packet, Ping
+from mesh.messages import NameConflict, Packet, Ping, SendByStream
 from tests.mesh.swim_play import WALL_S, Table, gossip, kinds, machine, mesh_of, record
 
 
@@ -105,3 +105,15 @@ def test_a_conflict_that_is_not_about_us_stops_nobody() -> None:
     swim.receive(Packet(NEWS_HEAD, Conflict(older, own)), ("10.0.0.9", 7946), 0.0)
     assert not swim.is_running
     assert swim.deadline() == float("inf")
+
+
+def test_a_namesake_with_a_slower_clock_is_answered_on_its_own_stream_and_stops() -> None:
+    """Its record outranks nothing, so it hears of the elder only by the answer to its table."""
+    table, swims = mesh_of(3)
+    swims[1].update_own(table.now, meta=b"x")
+    table.run(1.0)
+    newcomer = machine("n1", 50, now=table.now, wall_s=WALL_S - 30, boot=b"newcomer")
+    swims[0].merge_table(newcomer.tables(table.now)[0], newcomer.own.address, table.now)
+    (reply,) = swims[0].effects()
+    assert isinstance(reply, SendByStream)
+    assert (reply.peer, reply.address) == (None, newcomer.own.address)

@@ -181,12 +181,19 @@ class Node:
         kind = data[3]
         if self.answering is not None and self.answering == (kind, effect.address):
             self.world.complain(f"{self.name} answered stream kind {kind} by its own kind")
-        end = self.streams.get(effect.peer) if effect.peer is not None else None
+        end = self.streams.get(effect.peer) if effect.peer is not None else self._at(effect.address)
         if end is not None and end.is_open:
             end.used_s = self.world.loop.now
             self.world.network.send(end, data, self.world.loop.now)
         else:
             self.dial(effect.address, [data])
+
+    def _at(self, address: Address) -> Endpoint | None:
+        """An open stream to whoever advertises this address."""
+        for end in [*self.streams.values(), *self.extra]:
+            if end.is_open and end.peer is not None and self.world.address(end.other.host) == address:
+                return end
+        return None
 
     def _dial_seed(self, effect: DialSeed) -> None:
         addresses = self.world.resolve(effect.seed)
