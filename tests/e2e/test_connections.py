@@ -118,6 +118,7 @@ async def test_clients_that_leave_while_they_wait_for_a_connection_free_their_tu
         clients = [await gateway.connect() for _ in range(6)]
         for client in clients:
             await client.send(request(CHAT, HELLO))
+            await gate.reached.wait()  # the first has the connection, the others wait for it
         await eventually(lambda: gateway.worker(worker).in_flight == 6)
         for client in clients[1:5]:
             client.reset()
