@@ -13,13 +13,19 @@ from collections.abc import Callable, Sequence
 from smg import __version__
 
 _LAUNCH_WORDS = ("launch", "start")
-_LATER_COMMANDS = ("mesh", "route")
-_MODULES = {"engine": "smg.lab.engine", "simulate": "smg.lab.simulate_command", "workers": "smg.cli.remote"}
+_LATER_COMMANDS = ("mesh",)
+_MODULES = {
+    "engine": "smg.lab.engine",
+    "simulate": "smg.lab.simulate_command",
+    "workers": "smg.cli.remote",
+    "route": "smg.cli.route",
+}
 _SUMMARIES = {
     "launch": "start a gateway node (also: start, or no command at all)",
     "engine": "start a simulated OpenAI-compatible engine with a KV cache",
     "simulate": "replay a trace through the real policies",
     "workers": "list, add and remove the workers of a running gateway",
+    "route": "explain where a running gateway would send a request, and why",
     "doctor": "check a configuration and the reachability of its workers",
 }
 

@@ -14,6 +14,7 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote, urlsplit
 
@@ -49,9 +50,9 @@ class Gateway:
         self._api_key = api_key
         self._timeout_s = timeout_s
 
-    def ask(self, method: str, path: str, body: Any = None) -> Any:
+    def ask(self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None) -> Any:
         """The JSON document the gateway answers. Raises RemoteError when there is none, or the status is 400 or above."""
-        status, content = self._exchange(method, path, body)
+        status, content = self._exchange(method, path, body, headers or {})
         try:
             document = json.loads(content) if content else {}
         except ValueError:
@@ -62,10 +63,12 @@ class Gateway:
             raise RemoteError(f"{self.url} does not answer like a gateway: {method} {path} gave no JSON")
         return document
 
-    def _exchange(self, method: str, path: str, body: Any) -> tuple[int, bytes]:
+    def _exchange(
+        self, method: str, path: str, body: Any, more_headers: Mapping[str, str]
+    ) -> tuple[int, bytes]:
         kind = http.client.HTTPSConnection if self._is_tls else http.client.HTTPConnection
         connection = kind(self._host, self._port, timeout=self._timeout_s)
-        headers = {"accept": "application/json"}
+        headers = {"accept": "application/json", **more_headers}
         content = None
         if self._api_key is not None:
             headers["authorization"] = f"Bearer {self._api_key}"
@@ -87,7 +90,7 @@ class Gateway:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `smg workers`."""
-    _add_common(parser, is_default=True)
+    add_common(parser, is_default=True)
     commands = parser.add_subparsers(dest="verb", metavar="VERB", title="what to do (default: list)")
     listing = _verb(commands, "list", "all workers, in order of registration")
     listing.add_argument("--model", help="only workers that serve this model or alias")
@@ -172,11 +175,13 @@ def print_workers(workers: list[dict[str, Any]]) -> None:
 def _verb(commands: Any, name: str, what: str) -> argparse.ArgumentParser:
     """A verb, which takes the common arguments too, so that they may stand before or after it."""
     parser: argparse.ArgumentParser = commands.add_parser(name, help=what, description=what)
-    _add_common(parser, is_default=False)
+    add_common(parser, is_default=False)
     return parser
 
 
-def _add_common(parser: argparse.ArgumentParser, *, is_default: bool) -> None:
+def add_common(parser: argparse.ArgumentParser, *, is_default: bool) -> None:
+    """The arguments of every command that asks a gateway. `is_default` False for a verb: what stands before it counts."""
+
     def default(value: Any) -> Any:
         return value if is_default else argparse.SUPPRESS
 

@@ -101,7 +101,6 @@ def test_version_and_help_load_no_engine_and_no_event_loop(flag: str) -> None:
         ),
         (["--service-discovery"], 1, "smg: error: --service-discovery: needs --discovery-file"),
         (["--no-such-flag"], 2, "smg: error: --no-such-flag: unknown flag"),
-        (["route", "explain"], 2, "smg: error: 'route': not supported by this release"),
         (["lanch"], 2, "smg: error: 'lanch': unknown command; did you mean launch?"),
         (["workers", "frob"], 2, "smg: error: VERB: invalid choice"),
         (["doctor", "--prot"], 2, "smg: error: --prot: unknown flag; did you mean --port?"),
