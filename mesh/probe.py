@@ -86,6 +86,7 @@ class Detector:
     """All probing of one node."""
 
     __slots__ = (
+        "_again",
         "_awareness",
         "_by_name",
         "_is_running",
@@ -121,6 +122,8 @@ class Detector:
         self._rounds: dict[int, _Round] = {}
         self._by_name: dict[str, _Round] = {}
         self._relays: dict[int, _Relay] = {}
+        self._again: set[str] = set()
+        """Members to be asked again after a freeze; at most the members of one round each."""
         # A random start: answers to a former life of ours must not fit a round of this one.
         self._seq = rng.getrandbits(32)
         self._is_running = True
@@ -136,13 +139,19 @@ class Detector:
             self._end(probe)
 
     def void(self, now: float) -> None:
-        """Our own loop was late: silence so far proves nothing. Where a stream's end was the reason to ask, ask again."""
+        """Our own loop was late: silence so far proves nothing. Where a stream's end was the reason to ask, ask again,
+        once all that queued up meanwhile has been read."""
         for probe in list(self._rounds.values()):
             self._end(probe)
-            member = probe.member
-            is_same = self._roster.get(member.name) is member and member.record.boot == probe.boot
-            if probe.has_eof and is_same and member.is_live:
-                self._begin(member, now, (), is_regular=False, has_eof=True)
+            if probe.has_eof and probe.member.name not in self._again:
+                self._again.add(probe.member.name)
+                self._timers.at(now, lambda later, probe=probe: self._ask_again(probe, later))  # type: ignore[misc]
+
+    def _ask_again(self, probe: _Round, now: float) -> None:
+        member = probe.member
+        self._again.discard(member.name)
+        if self._roster.get(member.name) is member and member.is_live and member.record.boot == probe.boot:
+            self.probe_now(member, now, has_eof=True)
 
     def next_seq(self) -> int:
         """A number no answer under way carries."""

@@ -177,3 +177,19 @@ def test_helpers_are_bounded_and_a_request_about_ourselves_is_ignored() -> None:
     about_us = PingReq(1, "me", b"12345678", 1, "10.0.0.1", 7946, True)
     swim.receive(Packet(NEWS_HEAD, about_us), peer.address, 0.0)
     assert not any(isinstance(effect, SendByStream) for effect in swim.effects())
+
+
+def test_evidence_survives_a_loop_that_was_late() -> None:
+    """Its stream ended while our loop was held up: the round is void, but asked again, and the port still refuses."""
+    table, swims = mesh_of(3)
+    victim, observer = swims[2], swims[0]
+    table.kill(victim)
+    start_s = table.now
+    observer.stream_closed("n2", victim.own.boot, start_s)
+    observer.packets_to_send(start_s)
+    observer.effects()  # said, but no answer is there when the loop was late
+    table.now = start_s + 0.2
+    observer.loop_lag(0.15, table.now)
+    table.run(0.5)
+    assert table.status(observer, "n2") == Status.DEAD
+    assert table.now - start_s <= 0.75
