@@ -16,9 +16,8 @@ import trio
 
 from smg.net.readiness import Parking, Readiness, Slot
 
-DEFERRED_BYTES_MAX = (
-    16 << 10
-)  # pieces up to this wait for the end of the turn; larger ones are worth their own send
+# Pieces up to this wait for the end of the turn; larger ones are worth their own send.
+DEFERRED_BYTES_MAX = 64 << 10
 RECEIVE_BYTES = 64 << 10  # one read; larger reads stop paying off on loopback and in memory per connection
 
 

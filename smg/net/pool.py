@@ -111,7 +111,9 @@ class ConnectionPool:
             origin = self._origins[key] = Origin(host, port, is_tls=is_tls)
         if connections_max is not None:
             origin.connections_max = connections_max
-            while origin.idle and origin.open_count > connections_max:  # probes came before the bound was known
+            while (
+                origin.idle and origin.open_count > connections_max
+            ):  # probes came before the bound was known
                 self._close(origin, origin.idle.popleft())
         return origin
 

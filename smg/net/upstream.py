@@ -17,9 +17,9 @@ from smg.net.readiness import Parking
 _PARSER_ERRORS = (httptools.HttpParserError, httptools.HttpParserUpgrade, ValueError)
 
 ANSWER_HEAD_BYTES_MAX = 256 << 10  # engines send a few hundred bytes; more is a fault, not an answer
-JOINED_BYTES_MAX = (
-    16 << 10
-)  # head and body below this are joined into one send; above, gathered without a copy
+# Head and body up to this are joined into one piece that waits for the end of the turn; above, they are gathered
+# without a copy and sent at once.
+JOINED_BYTES_MAX = 48 << 10
 
 
 class _LastHead:
