@@ -21,7 +21,9 @@ def prompt_text(endpoint: Endpoint, document: dict[str, Any]) -> str:
     name = endpoint.name
     pieces: list[str] = []
     if name in ("chat", "messages", "count_tokens"):
-        _add_content(document.get("system"), pieces)
+        system = document.get("system")
+        if system is not None:
+            _add_content(system, pieces)
         _add_messages(document.get("messages"), pieces)
     elif name == "completions":
         _add_content(document.get("prompt"), pieces)

@@ -82,6 +82,10 @@ class Match(msgspec.Struct, frozen=True, gc=False):
         return 0
 
 
+NO_MATCH = Match(0, ())
+"""Nobody holds any of it."""
+
+
 class Placement(msgspec.Struct, frozen=True, gc=False):
     """What a placement adds, for peers: `hashes` follow `parent` on `worker_id`. Empty `hashes` refresh `parent`."""
 
@@ -165,6 +169,15 @@ class PrefixIndex:
         """
         shards, alive = self._shards, self._alive
         total = len(hashes)
+        if not total:
+            return NO_MATCH
+        first = hashes[0]
+        owners = shards[first & _SHARD_MASK].get(first, 0) & alive
+        if not owners:
+            return NO_MATCH
+        last = hashes[-1]
+        if shards[last & _SHARD_MASK].get(last, 0) & alive == owners:
+            return Match(total, ((total, owners),))  # known to its last block, and shared by no other prompt
         low, high = 0, total  # invariant: block `low` (1-based) has owners, block `high + 1` has none
         owners = 0
         if high:  # most prompts are either known to their last block or new from an early one
@@ -286,6 +299,11 @@ class PrefixIndex:
         return chain[::-1]
 
     # -- placements ----------------------------------------------------------------------------
+
+    def use(self, worker_id: str, hashes: Sequence[int]) -> None:
+        """As `place`, where there are no peers to hear of it."""
+        holdings = self._workers.get(worker_id) or self._enter(worker_id)
+        self._use(holdings.placed, hashes)
 
     def place(self, worker_id: str, hashes: Sequence[int]) -> Placement:
         """A prompt goes to a worker: it owns all its blocks now. Returns what peers have to hear."""

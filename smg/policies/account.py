@@ -71,10 +71,13 @@ class Account:
         "open",
         "report",
         "seconds",
+        "sized_blocks",
     )
 
     def __init__(self, fit: PrefillModel) -> None:
         self.fit = fit
+        self.sized_blocks = 0
+        """The bound of the worker's blocks as the index last heard it from here, 0 when it may have another."""
         self.capacity: CacheCapacity | None = None
         self.open: dict[object, Open] = {}
         self.seconds = 0.0  # invariant: the sum over `open`
@@ -177,10 +180,23 @@ class Account:
                 and not self.open
                 and self.level_s(request.sent_s) <= 0.0
             )
+        sent_s, seconds = request.sent_s, request.seconds
         self.open[key] = request
-        self.seconds += request.seconds
-        self._add(request.sent_s, request.seconds)
-        self._remember(request.sent_s, request.seconds)
+        self.seconds += seconds
+        recent, at_s = self._recent, self._level_at_s
+        if sent_s < at_s or (recent and recent[-1][0] > sent_s):
+            self._add(sent_s, seconds)
+            self._remember(sent_s, seconds)
+            return
+        # The same for what was sent just now: nothing is late.
+        left = self._level_s - (sent_s - at_s)
+        report = self.report
+        more = seconds if report is None else seconds * slowdown(report.running)
+        self._level_s = left + more if left > 0.0 else more
+        self._level_at_s = sent_s
+        recent.append((sent_s, seconds))
+        if len(recent) > 2 * RECENT_MAX:
+            del recent[:RECENT_MAX]
 
     def first_byte(self, key: object, slower: float, now: float) -> None:
         """The first byte of a request of ours came: its prefill is over, and so is that of those before it."""

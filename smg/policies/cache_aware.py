@@ -18,7 +18,7 @@ import msgspec
 
 from smg.api.call import Call
 from smg.fleet.block_hashes import BlockHasher, chain
-from smg.fleet.prefix_index import IndexSettings, Match, PrefixIndex
+from smg.fleet.prefix_index import NO_MATCH, IndexSettings, PrefixIndex
 from smg.fleet.service_model import CacheCapacity, PrefillModels, TokenLength
 from smg.fleet.worker import Worker
 from smg.policies.account import Account, Open, slowdown
@@ -33,7 +33,6 @@ FOLLOWED_MAX = 4_096
 """Answers of owners that wait to be followed; each waits for microseconds."""
 CHARS_PER_TOKEN = 4
 """For counts of characters where a prompt came as token ids."""
-NO_MATCH = Match(0, ())
 HOME_RATE = 0.02
 """Share of an error that is corrected in the belief of what a first home holds: about the last 50 sessions count."""
 OBSERVE_S = 1e-4
@@ -180,8 +179,10 @@ class CacheAware:
         if prices.is_ordered:
             prices.moved(account, worker_id, now)
         prices.admit(seconds * slowdown(worker.in_flight), now)
-        placement = index.place(worker_id, question.blocks)
-        if not self._is_alone:
+        if self._is_alone:
+            index.use(worker_id, question.blocks)
+        else:
+            placement = index.place(worker_id, question.blocks)
             followed = self._followed.pop(call_id, None) if self._followed else None
             if followed is None or followed.worker_id != worker_id:  # else its owner has told it
                 self._neighbours.tell(News(placement, seconds), now)
@@ -224,6 +225,9 @@ class CacheAware:
     def flushed(self, worker: Worker) -> None:
         """The worker's cache is empty. What is in flight there still costs its seconds."""
         self._index.forget(worker.id)
+        account = self._prices.known(worker.id)
+        if account is not None:
+            account.sized_blocks = 0
 
     def terms(self, call: Call, workers: Sequence[Worker], now: float, rng: Random) -> list[Terms]:
         """What every candidate costs, by the arithmetic of `choose`; changes nothing."""
@@ -387,13 +391,15 @@ class CacheAware:
             blocks = int(account.capacity.tokens / question.block_tokens)
             if abs(blocks - self._index.capacity_of(worker_id)) > blocks >> 6:
                 self._index.set_capacity(worker_id, blocks)
+            account.sized_blocks = self._index.capacity_of(worker_id)
 
     def _learn(self, worker_id: str, account: Account, request: Open, outcome: Outcome, now: float) -> None:
         prices, question = self._prices, request.question
         prompt, cached = outcome.prompt_tokens, outcome.cached_tokens
         assert prompt is not None
-        if question.chars:
-            self._length.observe(question.chars, prompt)
+        chars = question.chars
+        if chars:
+            self._length.observe(chars, prompt)
         predicted = request.predicted_tokens
         if request.observed_s is not None and request.observed_s > OBSERVE_S:
             # An engine that does not tell what it had cached teaches only where nothing could be.
@@ -412,7 +418,9 @@ class CacheAware:
                 capacity = account.capacity = CacheCapacity(blocks * question.block_tokens)
             if capacity.count(predicted, cached, now):
                 capacity.judge(self._index.blocks_of(worker_id) * question.block_tokens, now)
-            self._resize(account, worker_id, question)
+            blocks = int(capacity.tokens / question.block_tokens)
+            if abs(blocks - account.sized_blocks) > blocks >> 6:
+                self._resize(account, worker_id, question)
         if request.home_blocks:
             # Nobody had told us of this session, and it went to its first home: had a peer chosen that before?
             share = (cached - predicted) / (request.home_blocks * question.block_tokens)
