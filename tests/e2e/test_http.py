@@ -325,6 +325,7 @@ async def test_http_8_a_client_that_sends_its_large_body_all_the_same_can_read_t
 )
 async def test_http_9_head_has_status_and_headers_of_get_and_no_body(path):
     async with fake_worker("m") as worker, running_gateway(workers=[worker]) as gateway:
+        await eventually(lambda: gateway.worker(worker).engine is not None)  # `/workers` shows it
         client = await gateway.connect()
         shown = await client.ask(path)
         head = await client.ask(path, method="HEAD")
