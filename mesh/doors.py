@@ -28,6 +28,8 @@ DIAL_FRAMES_MAX = 64
 """Frames that wait for one dial."""
 ERRORS_MAX = 512
 """Addresses whose last error is remembered."""
+LOOK_AGAIN_S = 0.03
+"""A dial that was taken and dropped without a byte is made once more after this long."""
 STRANGER_LOG_S = 10.0
 """Who could not greet us is logged once per so long, with the count."""
 
@@ -240,38 +242,51 @@ class Doors:
 
     async def _dialled(self, dial: Dial) -> None:
         """One dial, and the life of the stream it opens."""
-        raw: ByteStream | None = None
         pipe: Pipe | None = None
         error, is_refused = "no answer", False
         try:
-            with trio.move_on_after(self._settings.dial_s):
-                raw = await self._transport.dial(dial.address)
-            if self._end_needless(dial):
-                return
-            if raw is not None:
-                pipe = await self._greeted(dial, raw)
+            try:
+                pipe = await self._connected(dial)
+            except KnockError:
+                if dial.salt in self._echoes:
+                    raise
+                # A process that is killed loses its streams a moment before its port; only the port's refusal tells.
+                await trio.sleep(LOOK_AGAIN_S)
+                pipe = await self._connected(dial)
         except DialError as caught:
             error, is_refused = str(caught), caught.is_refused
-        except EchoError:
-            self._end_echo(dial)
-            return
         except RefusedError as caught:
             if self._end_refused(dial, caught.refused):
                 return
             error = str(caught)
         except (WeatherError, DecodeError, SealError) as caught:
-            if dial.salt in self._echoes:
+            if dial.salt in self._echoes or isinstance(caught, EchoError):
                 self._end_echo(dial)
                 return
             error = str(caught)
         finally:
-            if raw is not None and pipe is None:
-                await raw.aclose()
             self._echoes.discard(dial.salt)
-        if pipe is None:
-            self._end_failed(dial, error, is_refused)
-        else:
+        if pipe is not None:
             await self._table.live(pipe, dial)
+        elif not self._end_needless(dial):
+            self._end_failed(dial, error, is_refused)
+
+    async def _connected(self, dial: Dial) -> Pipe | None:
+        """The greeted stream; None if nobody answers, or if the peer reached us meanwhile."""
+        raw: ByteStream | None = None
+        pipe: Pipe | None = None
+        with trio.move_on_after(self._settings.dial_s):
+            raw = await self._transport.dial(dial.address)
+        if raw is None:
+            return None
+        try:
+            if self._table.at(dial.address) is None:
+                pipe = await self._greeted(dial, raw)
+        finally:
+            if pipe is None:
+                dial.is_connected = False
+                await raw.aclose()
+        return pipe
 
     async def _greeted(self, dial: Dial, raw: ByteStream) -> Pipe:
         dial.is_connected = True

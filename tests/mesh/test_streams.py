@@ -395,3 +395,21 @@ async def test_the_queue_of_a_pipe_is_bounded_in_bytes_too() -> None:
             pipe.send(Frame(99, bytes(1_000_000)))
         assert pipe.dropped == 3
         nursery.cancel_scope.cancel()
+
+
+@in_virtual_time
+async def test_a_port_that_takes_the_last_dial_of_a_dying_process_still_counts_as_refusing() -> None:
+    async with world() as play:
+        nodes = await play.mesh("abc")
+        await trio.sleep(3)
+        victim = nodes[2].agent._transport
+        assert isinstance(victim, MemoryTransport)
+        victim.send = lambda data, address: True  # type: ignore[method-assign]
+        victim.backlog, nobody_reads = trio.open_memory_channel[MemoryStream](9)
+        for stream in list(victim.streams):
+            stream.shut()  # the kernel closes the streams of a killed process first ...
+        await trio.sleep(0.003)
+        await play.kill("c")  # ... dials that came meanwhile are dropped, and then the port refuses
+        took_s = await play.until(lambda: all(node.sees()["c"] == "dead" for node in nodes[:2]), 5.0)
+        assert took_s <= 0.5
+        nobody_reads.close()
