@@ -24,7 +24,16 @@ def prompt_text(endpoint: Endpoint, document: dict[str, Any]) -> str:
         system = document.get("system")
         if system is not None:
             _add_content(system, pieces)
-        _add_messages(document.get("messages"), pieces)
+        messages = document.get("messages")
+        if type(messages) is list:
+            for message in messages:  # `_add_messages` without a call: most prompts of all
+                content = message.get("content") if type(message) is dict else None
+                if type(content) is str:
+                    pieces.append(content)
+                elif content is not None:
+                    _add_content(content, pieces)
+                elif type(message) is str:
+                    pieces.append(message)
     elif name == "completions":
         _add_content(document.get("prompt"), pieces)
     elif name == "generate":

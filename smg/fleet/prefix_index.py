@@ -109,13 +109,12 @@ class _Slot:
 class _Holdings:
     """The slots of one worker."""
 
-    __slots__ = ("bits", "capacity", "older", "placed", "stored")
+    __slots__ = ("capacity", "older", "placed", "stored")
 
     def __init__(self, placed: _Slot) -> None:
         self.placed = placed
         self.older: _Slot | None = None  # the placements before the last `fade`
         self.stored: _Slot | None = None
-        self.bits = placed.bit
         self.capacity = placed.capacity
 
     def slots(self) -> Iterator[_Slot]:
@@ -142,12 +141,15 @@ class PrefixIndex:
         "_slots",
         "_trunk",
         "_workers",
+        "bits",
     )
 
     def __init__(self, settings: IndexSettings | None = None) -> None:
         self._settings = settings if settings is not None else IndexSettings()
         self._shards: list[dict[int, int]] = [{} for _ in range(_SHARDS)]
         self._workers: dict[str, _Holdings] = {}
+        self.bits: dict[str, int] = {}
+        """Each worker's bits in the masks of `Match.steps`, for reading without a call (`bits_of`)."""
         self._slots: list[str | None] = []  # by bit position: the worker, None for free bits and graves
         self._free: list[int] = []
         self._graves: list[_Slot] = []
@@ -216,8 +218,7 @@ class PrefixIndex:
 
     def bits_of(self, worker_id: str) -> int:
         """The worker's bits in the masks of `Match.steps`, 0 for a worker that owns nothing."""
-        holdings = self._workers.get(worker_id)
-        return holdings.bits if holdings is not None else 0
+        return self.bits.get(worker_id, 0)
 
     def owners(self, mask: int) -> list[str]:
         """The workers whose bits are in `mask`; a worker with two of its slots in it appears twice."""
@@ -338,6 +339,7 @@ class PrefixIndex:
         """The worker left, failed or flushed its cache: from now on it owns nothing."""
         holdings = self._workers.pop(worker_id, None)
         if holdings is not None:
+            del self.bits[worker_id]
             for slot in holdings.slots():
                 self._bury(slot)
 
@@ -348,7 +350,7 @@ class PrefixIndex:
         holdings = self._workers.get(worker_id) or self._enter(worker_id)
         if holdings.stored is None:
             holdings.stored = self._open(worker_id, holdings.capacity)
-            holdings.bits |= holdings.stored.bit
+            self.bits[worker_id] |= holdings.stored.bit
         return self._extend(holdings.stored, parent, hashes)
 
     def removed(self, worker_id: str, hashes: Iterable[int]) -> None:
@@ -378,13 +380,13 @@ class PrefixIndex:
         fresh.capacity = fresh.placed.capacity = capacity
         if has_events:
             fresh.stored = self._open(worker_id, capacity)
-            fresh.bits |= fresh.stored.bit
+            self.bits[worker_id] |= fresh.stored.bit
 
     def unlearn(self, worker_id: str) -> None:
         """What the engine told may not be true any more; what was placed stays what it is, a guess."""
         holdings = self._workers.get(worker_id)
         if holdings is not None and holdings.stored is not None:
-            holdings.bits &= ~holdings.stored.bit
+            self.bits[worker_id] &= ~holdings.stored.bit
             self._bury(holdings.stored)
             holdings.stored = None
 
@@ -404,11 +406,11 @@ class PrefixIndex:
         if holdings is None:
             return
         if holdings.older is not None:
-            holdings.bits &= ~holdings.older.bit
+            self.bits[worker_id] &= ~holdings.older.bit
             self._bury(holdings.older)
         holdings.older = holdings.placed
         holdings.placed = self._open(worker_id, holdings.capacity)
-        holdings.bits |= holdings.placed.bit
+        self.bits[worker_id] |= holdings.placed.bit
 
     def has_events(self, worker_id: str) -> bool:
         """Whether the worker's engine has told what it stored."""
@@ -435,6 +437,7 @@ class PrefixIndex:
     def _enter(self, worker_id: str) -> _Holdings:
         holdings = _Holdings(self._open(worker_id, self._settings.worker_blocks))
         self._workers[worker_id] = holdings
+        self.bits[worker_id] = holdings.placed.bit
         return holdings
 
     def _open(self, worker_id: str, capacity: int) -> _Slot:

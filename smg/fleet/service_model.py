@@ -166,7 +166,6 @@ class TokenLength:
     CHARS_PER_TOKEN = 4.0
     """English text in the vocabularies of today; 1.5 for Chinese, 3 for code. Learned within a few answers."""
     _PRIOR_TOKENS = 2_000.0
-    _KEEP = 0.99
 
     def __init__(self) -> None:
         self._chars = self.CHARS_PER_TOKEN * self._PRIOR_TOKENS
@@ -182,9 +181,10 @@ class TokenLength:
         """An answer told how many tokens a prompt had."""
         if chars <= 0 or prompt_tokens <= 0 or not 0.05 <= chars / prompt_tokens <= 100.0:
             return  # an image, a document: its tokens are not in the text
-        self._chars = self._chars * self._KEEP + chars
-        self._tokens = self._tokens * self._KEEP + prompt_tokens
-        self.chars_per_token = min(max(self._chars / self._tokens, 0.25), 32.0)
+        self._chars = all_chars = self._chars * 0.99 + chars  # the last hundred answers count
+        self._tokens = tokens = self._tokens * 0.99 + prompt_tokens
+        ratio = all_chars / tokens
+        self.chars_per_token = ratio if 0.25 <= ratio <= 32.0 else min(max(ratio, 0.25), 32.0)
 
 
 class CacheCapacity:
@@ -223,12 +223,13 @@ class CacheCapacity:
         """
         if predicted_tokens <= 0:
             return False
-        if self._since_s is None:
-            self._since_s = now
+        since_s = self._since_s
+        if since_s is None:
+            since_s = self._since_s = now
         self._predicted += predicted_tokens
-        self._actual += min(actual_tokens, predicted_tokens)
-        self._answers += 1
-        return self._answers >= self.ANSWERS or now - self._since_s >= self.PERIOD_S
+        self._actual += actual_tokens if actual_tokens < predicted_tokens else predicted_tokens
+        self._answers = answers = self._answers + 1
+        return answers >= self.ANSWERS or now - since_s >= self.PERIOD_S
 
     def judge(self, claimed_tokens: float, now: float) -> bool:
         """A period is over; whether the capacity changed. `claimed_tokens` are all that the index claims for this

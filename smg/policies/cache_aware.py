@@ -166,8 +166,11 @@ class CacheAware:
                 prices.note(account, worker)
         tokens, chars, depth, cached = question.tokens, question.chars, 0, 0
         if match.steps:
-            depth = match.depth_of(index.bits_of(worker_id))
-            cached = cached_tokens(question, depth)
+            own = index.bits.get(worker_id, 0)
+            deepest, owners = match.steps[0]
+            depth = deepest if own & owners else match.depth_of(own)
+            if depth:
+                cached = cached_tokens(question, depth)
         self.prompt_chars += chars or tokens * CHARS_PER_TOKEN
         self.matched_chars += depth * self._block_bytes if chars else cached * CHARS_PER_TOKEN
         seconds = account.fit.seconds(tokens - cached, cached)
@@ -276,7 +279,7 @@ class CacheAware:
             chars_per_token = self._length.chars_per_token
             block_bytes = self._block_bytes
             question = Question(
-                tuple(chain(data, block_bytes, seed)),
+                tuple(chain(data, block_bytes, seed)) if length >= block_bytes else (),
                 max(1, round(length / chars_per_token)),
                 block_bytes / chars_per_token,
                 key,

@@ -69,6 +69,8 @@ class Prices:
     """The prices of one model."""
 
     __slots__ = (
+        "_aged",
+        "_aged_s",
         "_dial",
         "_fits",
         "_fleet",
@@ -109,6 +111,8 @@ class Prices:
         self._positions: dict[str, int] = {}
         self._rate = 0.0  # prefill seconds admitted per second, at `_rate_s`
         self._rate_s = 0.0
+        self._aged = 0.0  # the rate at `_aged_s`, when it was last asked for; admitting comes right after
+        self._aged_s = -1.0
         self.mean_s = fits.get(model).seconds(2_000, 0)
         """Mean prefill of an admitted request."""
         self.decode_s = DECODE_SEED_S
@@ -140,12 +144,14 @@ class Prices:
             workers = [workers[position] for position in self.promising(view, workers, now)]
         question, price, match, has_homes = view.question, view.price, view.match, bool(view.homes)
         steps, tokens, block_tokens = match.steps, question.tokens, question.block_tokens
-        accounts, bits_of = self.accounts, self._index.bits_of
+        accounts, bits = self.accounts, self._index.bits
         lowest = math.inf
         best: Worker | None = None
         ties: list[Worker] | None = None
         fit: PrefillModel | None = None
-        priced, seconds, depth = -1, 0.0, 0  # `seconds` are those of `fit` with `priced` blocks cached
+        priced, prefill_s, depth = -1, 0.0, 0  # `prefill_s` is the price of `fit` with `priced` blocks cached
+        top_depth, top_owners = steps[0] if steps else (0, 0)
+        has_more_steps = len(steps) > 1
         # The arithmetic of `terms` once more, without calls and tuples: this loop is most of a decision.
         # What is rare goes to `terms` itself, and a test holds the two together.
         for worker in workers:
@@ -163,28 +169,34 @@ class Prices:
                 cost = (wait + prefill + penalty) * worker.spec.cost
             else:
                 if steps:
-                    depth = match.depth_of(bits_of(worker_id))
+                    own = bits.get(worker_id, 0)
+                    if top_owners & own:
+                        depth = top_depth
+                    else:
+                        depth = match.depth_of(own) if has_more_steps else 0
                 if depth != priced or account.fit is not fit:  # most workers hold equally little
                     priced, fit = depth, account.fit
                     cached = int(depth * block_tokens)
                     if cached >= tokens:
                         cached = tokens - 1
-                    seconds = fit.seconds(tokens - cached, cached)
+                    prefill_s = price * fit.seconds(tokens - cached, cached)
                 in_flight = worker.in_flight + worker.peers_in_flight
-                if report is None:
-                    wait = (
-                        account.wait_s(worker, None, now, 0.0) if account.open or account.has_others else 0.0
-                    )
-                elif report is account.report and not (account.open or account.has_others):
-                    wait = 0.0
-                else:
+                wait = 0.0
+                if (
+                    account.open
+                    or account.has_others
+                    or (report is not None and report is not account.report)
+                ):
                     wait = account.wait_s(worker, report, now, self.mean_s)
-                    if account.has_others:
+                    if report is not None and account.has_others:
                         everybodys = report.running + report.waiting + worker.sent_since_report
                         if everybodys > in_flight:
                             in_flight = everybodys
-                slower = 1.0 + SLOWDOWN * (in_flight if in_flight < SLOTS else SLOTS) / SLOTS
-                cost = (wait + price * seconds * slower) * worker.spec.cost
+                if in_flight:
+                    slower = 1.0 + SLOWDOWN * (in_flight if in_flight < SLOTS else SLOTS) / SLOTS
+                    cost = (wait + prefill_s * slower) * worker.spec.cost
+                else:
+                    cost = (wait + prefill_s) * worker.spec.cost
             if cost < lowest - TIE_S:
                 lowest, best, ties = cost, worker, None
             elif cost <= lowest + TIE_S and best is not None:
@@ -264,7 +276,8 @@ class Prices:
 
     def price(self, workers: int, now: float) -> float:
         """The shadow price: about 1/(1 - rho) for the delay of others, times the dial for what is evicted."""
-        rate = self._rate * math.exp((self._rate_s - now) / RATE_S)
+        self._aged = rate = self._rate * math.exp((self._rate_s - now) / RATE_S)
+        self._aged_s = now
         if not self._is_alone:
             count = self._neighbours.count()
             if count > 1 and math.isinf(self._neighbours.delay_s()):
@@ -305,8 +318,10 @@ class Prices:
 
     def admit(self, seconds: float, now: float) -> None:
         """So many seconds of prefill were sent to the fleet, by us or by a peer."""
-        self._rate = self._rate * math.exp((self._rate_s - now) / RATE_S) + seconds / RATE_S
+        aged = self._aged if now == self._aged_s else self._rate * math.exp((self._rate_s - now) / RATE_S)
+        self._rate = aged + seconds / RATE_S
         self._rate_s = now
+        self._aged_s = -1.0
         self.mean_s += 0.02 * (seconds - self.mean_s)
 
     def moved(self, account: Account, worker_id: str, now: float) -> None:
