@@ -11,6 +11,7 @@ import http.client
 import os
 import resource
 import socket
+import ssl
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,7 @@ from smg.cli.flags import (
 from smg.discovery.file import FILE_BYTES_MAX, BrokenFile, parse
 from smg.errors import SettingsError
 from smg.fleet.worker import WorkerSpec
+from smg.net.tls import describe, server_context, worker_context
 from smg.settings import Settings
 from smg.settings_rules import warnings
 
@@ -81,6 +83,8 @@ def look(settings: Settings, timeout_s: float) -> list[Finding]:
     findings = [Finding("WARN", "configuration", text) for text in warnings(settings)]
     findings += _ports(settings, timeout_s)
     findings += _surroundings(settings, timeout_s)
+    context, certified = _certificates(settings)
+    findings += certified
     candidates, discovered = _candidates(settings)
     findings += discovered
     if not candidates:
@@ -95,7 +99,9 @@ def look(settings: Settings, timeout_s: float) -> list[Finding]:
         return findings
     path = settings.health.health_check_endpoint
     with ThreadPoolExecutor(WORKERS_AT_ONCE) as threads:
-        reports = list(threads.map(lambda candidate: examine(candidate, path, timeout_s), candidates))
+        reports = list(
+            threads.map(lambda candidate: examine(candidate, path, timeout_s, context), candidates)
+        )
     for report in reports:
         findings += report.findings
     return findings + _aliases(settings, reports)
@@ -164,6 +170,27 @@ def _is_gateway(host: str, port: int, timeout_s: float) -> bool:
         return False
     finally:
         connection.close()
+
+
+def _certificates(settings: Settings) -> tuple[ssl.SSLContext | None, list[Finding]]:
+    """What https workers are asked with, and whether the files of both sides can be used."""
+    tls = settings.tls
+    context, findings = None, []
+    try:
+        if tls.tls_cert_path is not None and tls.tls_key_path is not None:
+            server_context(tls.tls_cert_path, tls.tls_key_path)
+            findings.append(Finding("OK", "--tls-cert-path", describe(tls.tls_cert_path)))
+        if tls.client_cert_path is not None or tls.ca_cert_paths:
+            context = worker_context(tls.ca_cert_paths, tls.client_cert_path, tls.client_key_path)
+            if tls.client_cert_path is not None:
+                findings.append(Finding("OK", "--client-cert-path", describe(tls.client_cert_path)))
+            if tls.ca_cert_paths:
+                findings.append(
+                    Finding("OK", "--ca-cert-paths", f"{len(tls.ca_cert_paths)} file(s) can be used")
+                )
+    except SettingsError as wrong:
+        findings.append(Finding("FAIL", wrong.flag, f"{wrong.value}: {wrong.reason}", "name another file"))
+    return context, findings
 
 
 def _surroundings(settings: Settings, timeout_s: float) -> list[Finding]:

@@ -57,15 +57,20 @@ class WorkerReport(msgspec.Struct, frozen=True, kw_only=True):
     models: tuple[str, ...] | None = None
 
 
-def examine(candidate: Candidate, health_path: str, timeout_s: float) -> WorkerReport:
-    """Look at one worker; blocks for at most a few times `timeout_s`. Raises nothing for what a worker may do."""
+def examine(
+    candidate: Candidate, health_path: str, timeout_s: float, context: ssl.SSLContext | None = None
+) -> WorkerReport:
+    """Look at one worker; blocks for at most a few times `timeout_s`. Raises nothing for what a worker may do.
+
+    `context` is what the node would ask https workers with; None: the default one.
+    """
     spec = candidate.spec
     connected = _connect(spec, timeout_s)
     findings = [connected]
     if connected.status == "FAIL":
         return WorkerReport(url=spec.url, findings=tuple(findings))
-    findings.append(_health(spec, health_path, timeout_s))
-    models, described = _description(spec, timeout_s)
+    findings.append(_health(spec, health_path, timeout_s, context))
+    models, described = _description(spec, timeout_s, context)
     findings.append(described)
     if spec.worker_type == "prefill" and spec.bootstrap_port is not None:
         findings.append(_bootstrap(spec, timeout_s))
@@ -85,11 +90,11 @@ def _connect(spec: WorkerSpec, timeout_s: float) -> Finding:
     return Finding("OK", check, f"accepts connections ({(time.monotonic() - began) * 1000:.0f} ms)")
 
 
-def _health(spec: WorkerSpec, path: str, timeout_s: float) -> Finding:
+def _health(spec: WorkerSpec, path: str, timeout_s: float, context: ssl.SSLContext | None) -> Finding:
     path = spec.health.health_check_endpoint or path
     check = f"{spec.url} health"
     try:
-        status, _ = _get(spec, path, timeout_s)
+        status, _ = _get(spec, path, timeout_s, context)
     except (OSError, http.client.HTTPException) as wrong:
         host, port = _address(spec.url)
         seen, fix = _weather(wrong, host, port)
@@ -107,19 +112,21 @@ def _health(spec: WorkerSpec, path: str, timeout_s: float) -> Finding:
     )
 
 
-def _description(spec: WorkerSpec, timeout_s: float) -> tuple[tuple[str, ...] | None, Finding]:
+def _description(
+    spec: WorkerSpec, timeout_s: float, context: ssl.SSLContext | None
+) -> tuple[tuple[str, ...] | None, Finding]:
     """(names of its models, the finding) from what the worker says of itself."""
     check = f"{spec.url} models"
-    status, models = _document(spec, MODELS_PATH, timeout_s)
+    status, models = _document(spec, MODELS_PATH, timeout_s, context)
     if status in (401, 403):
         return None, Finding(
             "FAIL", check, f"GET {MODELS_PATH} answers {status}", "give its key with --worker-api-key"
         )
-    _, version = _document(spec, VERSION_PATH, timeout_s)
+    _, version = _document(spec, VERSION_PATH, timeout_s, context)
     server_info = None
     for path in SERVER_INFO_PATHS:
         if server_info is None:
-            _, server_info = _document(spec, path, timeout_s)
+            _, server_info = _document(spec, path, timeout_s, context)
     engine = (
         Engine(spec.runtime_type) if spec.runtime_type else recognised_engine(models, version, server_info)
     )
@@ -155,10 +162,12 @@ def _bootstrap(spec: WorkerSpec, timeout_s: float) -> Finding:
     return Finding("OK", check, f"port {port} accepts connections")
 
 
-def _document(spec: WorkerSpec, path: str, timeout_s: float) -> tuple[int, Any]:
+def _document(
+    spec: WorkerSpec, path: str, timeout_s: float, context: ssl.SSLContext | None
+) -> tuple[int, Any]:
     """(status, decoded JSON) of a GET; (0, None) without an answer, None as document unless it is 2xx with JSON."""
     try:
-        status, content = _get(spec, path, timeout_s)
+        status, content = _get(spec, path, timeout_s, context)
     except (OSError, http.client.HTTPException):
         return 0, None
     if not 200 <= status < 300:
@@ -169,11 +178,15 @@ def _document(spec: WorkerSpec, path: str, timeout_s: float) -> tuple[int, Any]:
         return status, None
 
 
-def _get(spec: WorkerSpec, path: str, timeout_s: float) -> tuple[int, bytes]:
+def _get(spec: WorkerSpec, path: str, timeout_s: float, context: ssl.SSLContext | None) -> tuple[int, bytes]:
     parts = urlsplit(spec.url)
     host, port = _address(spec.url)
-    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-    connection = kind(host, port, timeout=timeout_s)
+    if parts.scheme == "https":
+        connection: http.client.HTTPConnection = http.client.HTTPSConnection(
+            host, port, timeout=timeout_s, context=context
+        )
+    else:
+        connection = http.client.HTTPConnection(host, port, timeout=timeout_s)
     headers = {"accept": "application/json"}
     if spec.api_key is not None:
         headers["authorization"] = f"Bearer {spec.api_key}"
@@ -204,7 +217,7 @@ def _weather(wrong: Exception, host: str, port: int) -> tuple[str, str]:
     if isinstance(wrong, ssl.SSLCertVerificationError):
         return (
             f"its certificate is not trusted: {wrong.verify_message}",
-            "add its CA to the trust store of this host",
+            "name its CA with --ca-cert-paths, or add it to the trust store of this host",
         )
     if isinstance(wrong, ssl.SSLError):
         return "no TLS spoken there", "use http:// if the worker has no certificate"

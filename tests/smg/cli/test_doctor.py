@@ -9,11 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 
 from smg.cli import doctor
 from smg.cli.doctor import look, main
 from smg.cli.doctor_workers import Finding
-from smg.settings import Discovery, Limits, Listening, Prefill, PrefillDecode, Settings, Telemetry, Workers
+from smg.settings import (
+    Discovery,
+    Limits,
+    Listening,
+    Prefill,
+    PrefillDecode,
+    Settings,
+    Telemetry,
+    Tls,
+    Workers,
+)
 from tests.smg.cli.fake_gateway import Answer, serving
 
 
@@ -301,3 +312,26 @@ def test_a_variable_that_is_nearly_ours_is_a_warning(
     checks = json.loads(capsys.readouterr().out)["checks"]
     found = next(check for check in checks if check["check"] == "SMG_WORKER_URL")
     assert found["status"] == "WARN" and "SMG_WORKER_URLS" in found["fix"]
+
+
+def test_certificates_are_read_as_the_node_would(free: Listening, tmp_path: Path) -> None:
+    authority = trustme.CA()
+    certificate = authority.issue_cert("127.0.0.1")
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    certificate.cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")
+    certificate.private_key_pem.write_to_path(tmp_path / "cert.key")
+    cert, key = str(tmp_path / "cert.pem"), str(tmp_path / "cert.key")
+    good = Tls(
+        tls_cert_path=cert,
+        tls_key_path=key,
+        client_cert_path=cert,
+        client_key_path=key,
+        ca_cert_paths=(str(tmp_path / "ca.pem"),),
+    )
+    found = {finding.check: finding for finding in look(settings(free, tls=good), 1)}
+    for flag in ("--tls-cert-path", "--client-cert-path", "--ca-cert-paths"):
+        assert found[flag].status == "OK", found[flag]
+    assert "valid until" in found["--tls-cert-path"].seen
+    broken = Tls(tls_cert_path=cert, tls_key_path=cert)
+    found = {finding.check: finding for finding in look(settings(free, tls=broken), 1)}
+    assert found["--tls-key-path"].status == "FAIL" and cert in found["--tls-key-path"].seen
