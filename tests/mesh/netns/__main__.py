@@ -6,8 +6,7 @@ import argparse
 import sys
 import traceback
 
-from tests.mesh.netns.run import play
-from tests.mesh.netns.scenarios import SCENARIOS
+from tests.mesh.netns.run import ALL, play
 
 
 def quantile(values: list[float], share: float) -> float:
@@ -17,11 +16,11 @@ def quantile(values: list[float], share: float) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mesh.netns", description=__doc__)
-    parser.add_argument("scenarios", nargs="*", help=f"of {', '.join(SCENARIOS)}")
+    parser.add_argument("scenarios", nargs="*", help=f"of {', '.join(ALL)}")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--at-once", type=int, default=7)
     options = parser.parse_args()
-    results = play(options.scenarios or list(SCENARIOS), options.rounds, options.at_once)
+    results = play(options.scenarios or list(ALL), options.rounds, options.at_once)
     failed = 0
     print("| what | n | p50 | p95 | max |\n|---|---|---|---|---|")
     for name, result in results.items():

@@ -10,8 +10,9 @@ from collections.abc import Iterable
 import trio
 
 from tests.mesh.netns.lab import lab, remove_leftovers
-from tests.mesh.netns.scenarios import SCENARIOS, Measured
+from tests.mesh.netns.scenarios import NIGHT, SCENARIOS, Measured
 
+ALL = SCENARIOS | NIGHT
 AT_ONCE = 7
 LIMIT_S = 150.0
 """For one scenario of one round."""
@@ -24,7 +25,7 @@ async def _one(
         try:
             with trio.fail_after(LIMIT_S * rounds):
                 async with lab() as made:
-                    results[name] = await SCENARIOS[name](made, rounds)
+                    results[name] = await ALL[name](made, rounds)
         except Exception as error:
             results[name] = error
 
@@ -45,4 +46,4 @@ def play(
 ) -> dict[str, Measured | BaseException]:
     """What each scenario measured, or why it failed. The longest come first, whatever the order of names."""
     wanted = set(names)
-    return trio.run(_all, [name for name in SCENARIOS if name in wanted], rounds, at_once)
+    return trio.run(_all, [name for name in ALL if name in wanted], rounds, at_once)

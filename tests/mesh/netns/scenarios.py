@@ -267,6 +267,18 @@ async def idle(lab: Lab, rounds: int) -> Measured:
     return {"bytes/s, idle": rates, "% of a core, idle": shares}
 
 
+async def idle_of_sixteen(lab: Lab, rounds: int) -> Measured:
+    nodes = await lab.mesh("abcdefghijklmnop")
+    await trio.sleep(15)
+    cpu = [node.cpu_s() for node in nodes]
+    start_s = trio.current_time()
+    rates = await traffic(nodes, IDLE_S * rounds)
+    took_s = trio.current_time() - start_s
+    shares = [100 * (node.cpu_s() - old) / took_s for node, old in zip(nodes, cpu, strict=True)]
+    assert max(rates) <= 3000, rates
+    return {"bytes/s, idle, 16 members": rates, "% of a core, idle, 16 members": shares}
+
+
 async def garbage(lab: Lab, rounds: int) -> Measured:
     nodes = await lab.mesh("ab", "--status-interval", "1")
     attacker = lab.add_host()
@@ -334,3 +346,5 @@ SCENARIOS: dict[str, Scenario] = {
     )
 }
 """The longest first."""
+NIGHT: dict[str, Scenario] = {idle_of_sixteen.__name__: idle_of_sixteen}
+"""Too costly for every day."""
