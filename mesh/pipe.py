@@ -96,6 +96,7 @@ class Pipe:
         "_seal",
         "_wake",
         "dropped",
+        "early_state",
         "end",
         "equal_s",
         "error",
@@ -122,6 +123,8 @@ class Pipe:
         self._queue_bytes = 0
         self._early: list[Frame] = []
         """Frames that came in the same read as the greeting."""
+        self.early_state: list[Frame] = []
+        """State frames that came before this pipe was chosen to carry the peer's state."""
         self._wake = trio.Event()
         self._scope = trio.CancelScope()
         self._has_heard = False

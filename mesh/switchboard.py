@@ -53,6 +53,10 @@ from mesh.transport import Transport
 
 CHANGES_PER_TURN = 1000
 """Changes told before others get their turn."""
+EARLY_FRAMES_MAX = 64
+EARLY_BYTES_MAX = 16 * 1024
+"""State frames kept for a stream that is not bound yet: a vector for each of some dozens of namespaces. Without them the
+peer would ask again only after a second or two."""
 CLOCK_INTERVAL_S = 60.0
 """The machines are told the wall clock again this often."""
 LARGE_MARGIN = 2
@@ -319,6 +323,9 @@ class Switchboard:
         if kind in STATE_TYPES:
             if self.streams.is_bound(pipe):
                 self.replica.receive(peer.name, frame, trio.current_time())
+            elif len(pipe.early_state) < EARLY_FRAMES_MAX and len(frame.body) <= EARLY_BYTES_MAX:
+                # A restarted peer speaks as soon as its stream is open; we bind it when membership has told its new life.
+                pipe.early_state.append(frame)
         elif kind in _MEMBERSHIP:
             message = codec.decode(frame.body)
             if message.source.boot != peer.boot or message.source.name != peer.name:
@@ -386,6 +393,12 @@ class Switchboard:
         assert pipe.peer is not None
         life = life_number(pipe.peer.born_s, pipe.peer.boot)
         self.replica.peer_up(pipe.peer.name, life, trio.current_time())
+        early, pipe.early_state = pipe.early_state, []
+        for frame in early:
+            try:
+                self.replica.receive(pipe.peer.name, frame, trio.current_time())
+            except DecodeError:
+                self._count("frames_garbage")
         self._bell.ring()
 
     def on_unbound(self, name: str) -> None:
