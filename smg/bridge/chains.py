@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from smg.bridge import rendezvous, words
 from smg.bridge.announced import Announced
-from smg.bridge.words import AskedChains, Basis, Flushed, Gone, Item, Placed, Run, Trunk
+from smg.bridge.words import AskedChains, AskedPage, Basis, Flushed, Gone, Item, Placed, Run, Trunk
 from smg.fleet import registry as fleet
 from smg.fleet.block_hashes import ROOT
 from smg.fleet.prefix_index import PrefixIndex
@@ -24,6 +24,8 @@ TELLERS = 3
 SMALL_MESH = 4
 CHAINS_MAX = 64
 """Lost chains answered in one answer; more of them are asked for again."""
+READERS_MAX = 4
+"""Nodes that are warmed at the same time; pages of one worker are at most half a megabyte."""
 ANSWER_BLOCKS_MAX = 4_000
 """Blocks in one answer, about 32 KB."""
 
@@ -40,6 +42,7 @@ class Chains:
         self._announced: dict[str, Announced] = {name: Announced()}
         self.workers: dict[bytes, Worker] = {}
         """The fleet by the references that nodes use; read only."""
+        self._pages: dict[tuple[str, bytes], list[bytes]] = {}  # (reader, worker) → pages
         self.snapshots = 0
         """Snapshots told."""
         for worker in registry.workers():
@@ -109,16 +112,42 @@ class Chains:
         for ref, worker in workers:
             if self.workers.get(ref) is not worker:
                 continue  # it left while the snapshot went out
-            runs: list[tuple[int, bytes]] = []
-            blocks = 0
-            for parent, hashes in runs_of(self._index.chains(worker.id, self._index.capacity_of(worker.id))):
-                runs.append((parent, words.pack_hashes(hashes)))
-                blocks += len(hashes) + 2
-                if blocks >= CHUNK_BLOCKS:
-                    yield words.batch([Run(ref, tuple(runs))])
-                    runs, blocks = [], 0
-            if runs:
+            yield from self._pages_of(ref, worker)
+
+    def _pages_of(self, ref: bytes, worker: Worker) -> Iterator[bytes]:
+        """All chains of a worker, the newest first, in pieces that are taken in within a millisecond."""
+        runs: list[tuple[int, bytes]] = []
+        blocks = 0
+        for parent, hashes in runs_of(self._index.chains(worker.id, self._index.capacity_of(worker.id))):
+            runs.append((parent, words.pack_hashes(hashes)))
+            blocks += len(hashes) + 2
+            if blocks >= CHUNK_BLOCKS:
                 yield words.batch([Run(ref, tuple(runs))])
+                runs, blocks = [], 0
+        if runs:
+            yield words.batch([Run(ref, tuple(runs))])
+
+    # -- warming a node that has just begun
+
+    def page(self, peer: str, asked: AskedPage) -> bytes:
+        """One page for a node that has just begun; empty when there are no more.
+
+        Its first page fixes the others, so that what is placed meanwhile makes no hole.
+        """
+        worker = self.workers.get(asked.ref)
+        if worker is None:
+            return words.batch([])
+        key = (peer, asked.ref)
+        if asked.page == 0:
+            self._pages.pop(key, None)
+            while len(self._pages) >= READERS_MAX:
+                self._pages.pop(next(iter(self._pages)))
+            self._pages[key] = list(self._pages_of(asked.ref, worker))
+        pages = self._pages.get(key, [])
+        if asked.page < len(pages):
+            return pages[asked.page]
+        self._pages.pop(key, None)
+        return words.batch([])
 
     # -- single chains
 

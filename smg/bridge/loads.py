@@ -32,7 +32,8 @@ RELAY_SILENCE_S = 2.0
 
 
 class SharedLoads:
-    """See the module. `live` names the live peers; `owed_ms` is our own prefill not done on a worker, milliseconds."""
+    """See the module. `live` names the live peers; `owed_ms` is our own prefill not done on a worker, milliseconds;
+    `peers_done` is told of a worker on which no peer has a request any more."""
 
     def __init__(
         self,
@@ -43,6 +44,7 @@ class SharedLoads:
         live: Callable[[], Iterable[str]],
         rules: load.ReportRules,
         owed_ms: Callable[[Worker], float],
+        peers_done: Callable[[Worker], None],
     ) -> None:
         self._state = state
         self._registry = registry
@@ -50,6 +52,7 @@ class SharedLoads:
         self._live = live
         self._rules = rules
         self._owed_ms = owed_ms
+        self._peers_done = peers_done
         self._told: dict[int, list[tuple[bytes, int]]] = {}  # what each of our values says
         self._refs: dict[bytes, Worker] = {}
         self._by_node: dict[
@@ -123,7 +126,10 @@ class SharedLoads:
                 sums[place] += rows.get(ref, (0, 0))[place] - before.get(ref, (0, 0))[place]
             worker = self._refs.get(ref)
             if worker is not None:
+                had = worker.peers_in_flight
                 load.note_peers(worker, sums[0])
+                if had and not sums[0]:
+                    self._peers_done(worker)
             if sums == [0, 0]:
                 del self._sums[ref]
 

@@ -7,7 +7,7 @@ that is taken, or by a fault of its own, after which this node serves alone (MSH
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from random import Random
 from typing import Any, Protocol
 
@@ -41,7 +41,8 @@ from smg.bridge.prefixes import PREFIX, ModelNeighbours, SharedPrefixes, cache_a
 from smg.bridge.sticky import BYTES_MAX as STICKY_BYTES_MAX
 from smg.bridge.sticky import STICKY, KeysOf, SharedKeys
 from smg.bridge.view import Sample, View, joining_status, shown_address
-from smg.bridge.words import AskedChains
+from smg.bridge.warming import Warming
+from smg.bridge.words import AskedChains, AskedPage
 from smg.bridge.workers import ORDERS, WORKERS, Fleet, SharedWorkers
 from smg.errors import SettingsError
 from smg.fleet.block_hashes import BlockSettings
@@ -49,6 +50,7 @@ from smg.fleet.load import ReportRules
 from smg.fleet.prefix_index import PrefixIndex
 from smg.fleet.registry import Registry
 from smg.fleet.worker import Kind, LoadReport, Worker, WorkerSpec
+from smg.policies.cache_aware import CacheAware
 from smg.policies.policy import Policy
 from smg.settings import Settings
 
@@ -63,8 +65,16 @@ LEAVE_PATIENCE_S = 2.0
 """A farewell takes at most a second; a mesh that hangs may not keep a node from ending."""
 
 
+_QUIET_EVENTS = frozenset({"stream_failed", "stream_closed"})
+"""Events that repeat every few seconds while a member is away; `/mesh/status` has the last error."""
+
+
 class Log(Protocol):
     """What this room needs of `smg.telemetry.log.Logger`."""
+
+    def debug(self, message: str, /, **fields: object) -> None:
+        """An event for those who look for something."""
+        ...
 
     def info(self, message: str, /, **fields: object) -> None:
         """An event that operators may want to read."""
@@ -127,7 +137,7 @@ def _namespaces(chains: Chains) -> tuple[Owned | Lww | Ephemeral | Counter | Str
     return (
         Owned(name=WORKERS),
         Lww(name=ORDERS),
-        Ephemeral(name=LOAD, coalesce_s=0.01),
+        Ephemeral(name=LOAD, coalesce_s=0.0),
         Ephemeral(name=HEALTH, coalesce_s=0.0),
         Ephemeral(name=ENGINE, coalesce_s=0.05),
         Stream(name=PREFIX, coalesce_s=0.0, source=chains),
@@ -205,6 +215,7 @@ class MeshNode:
             live=peers.live,
             rules=parts.report_rules,
             owed_ms=self._owed_ms,
+            peers_done=self._peers_done,
         )
         self.prefixes = SharedPrefixes(
             state,
@@ -214,6 +225,8 @@ class MeshNode:
             self._chains,
             policy_of=parts.policy_known,
             settle=self._settle,
+            telling=self.loads.look,  # a placement and the request in flight are told together
+            peers_done=self._peers_done,
         )
         self.keys = SharedKeys(
             state,
@@ -344,6 +357,9 @@ class MeshNode:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._keep_settled)
             nursery.start_soon(self._keep_rhythm, nursery)
+            nursery.start_soon(
+                Warming(self._agent, self._peers, self._chains, self.prefixes, self._log.info).run
+            )
             await self._run_agent()
             self._alone()
             nursery.cancel_scope.cancel()
@@ -433,6 +449,8 @@ class MeshNode:
             return None
         if isinstance(asked, AskedChains):
             return self._chains.answer(asked)
+        if isinstance(asked, AskedPage):
+            return self._chains.page(peer, asked)
         return self.owners.answer(peer, asked)
 
     def _member_changed(self, event: Event) -> None:
@@ -455,16 +473,23 @@ class MeshNode:
         ).value += size_bytes
 
     def _logged(self, event: str, fields: Mapping[str, object]) -> None:
-        self._log.info(f"mesh: {event.replace('_', ' ')}", **dict(fields))
+        tell = self._log.debug if event in _QUIET_EVENTS else self._log.info
+        tell(f"mesh: {event.replace('_', ' ')}", **dict(fields))
 
     def _owed_ms(self, worker: Worker) -> float:
         now = self._parts.clock()
-        owed_s = 0.0
+        return 1000 * sum(policy.owed_s(worker.id, now) for policy in self._policies_on(worker))
+
+    def _peers_done(self, worker: Worker) -> None:
+        for policy in self._policies_on(worker):
+            policy.peers_done(worker.id, self._parts.clock())
+
+    def _policies_on(self, worker: Worker) -> Iterator[CacheAware]:
+        """The policies that have an account of this worker."""
         for model in worker.models or ("",):
             policy = cache_aware_of(self._parts.policy_known(model, worker.kind))
             if policy is not None:
-                owed_s += policy.owed_s(worker.id, now)
-        return owed_s * 1000
+                yield policy
 
 
 def _words_of(event: Event) -> str:

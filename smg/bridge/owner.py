@@ -25,13 +25,14 @@ from smg.policies.cache_aware import CacheAware
 from smg.policies.neighbours import Decision, Question
 from smg.policies.policy import Policy
 
-WORTH_S = 0.05
-"""Uncached prefill from which a question pays: many times what it costs."""
+WORTH_S = 0.04
+"""Uncached prefill from which a question pays, about 400 tokens of a mid-size model: many times what it costs."""
 PATIENCE_S = 0.005
 """A LAN answers within one millisecond; five are nothing beside the prefill that is at stake."""
-REST_MIN_S = 0.5
+REST_MIN_S = 0.02
 REST_MAX_S = 10.0
-"""An owner that did not answer is not asked for this long, doubled each time, until it answers again."""
+"""An owner that did not answer twice in a row is not asked for this long, doubled each time, until it answers again: one that
+hangs costs nine waits until it is known dead, one that was only busy is asked again at once."""
 BLOCKS_MAX = 7_500
 """A question must fit into 64 KB; a longer prompt is decided here."""
 
@@ -139,7 +140,7 @@ class Owners:
         if rest is not None and now < rest.until_s:
             self.counts["resting"] += books
             return None
-        if rest is not None:
+        if rest is not None and rest.misses > 1:
             rest.until_s = now + REST_MIN_S  # one question at a time finds out whether it answers again
         asked = Asked(
             VERSION,
@@ -176,7 +177,8 @@ class Owners:
     def _missed(self, owner: str) -> None:
         rest = self._rests.setdefault(owner, _Rest())
         rest.misses += 1
-        rest.until_s = self._clock() + min(REST_MIN_S * 2.0 ** min(rest.misses - 1, 8), REST_MAX_S)
+        if rest.misses > 1:
+            rest.until_s = self._clock() + min(REST_MIN_S * 2.0 ** min(rest.misses - 2, 9), REST_MAX_S)
         if len(self._rests) > 4096:
             self._rests = {name: one for name, one in self._rests.items() if self._peers.is_live(name)}
 

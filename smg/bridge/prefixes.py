@@ -30,6 +30,8 @@ BATCH_BLOCKS_MAX = 4_000
 """Blocks in one delta, about 32 KB."""
 WAITING_MAX = 4_096
 """Placements that wait for the next delta; more are told at once."""
+DONE_S = 0.05
+"""By then the node that sent a request has told that it is in flight; if it is not, it is over."""
 TRUNK_S = 2.0
 """Rhythm of trunk counters: trunks are few and slow."""
 TRUNK_GROWTH = 1.5
@@ -46,7 +48,8 @@ PolicyOf = Callable[[str, Kind], Policy | None]
 
 class SharedPrefixes:
     """See the module. `settle` brings the fleet up to date with lists already heard: placements name workers of the
-    same breath."""
+    same breath. `telling` is called with each delta: what else should be on its way with it;
+    `peers_done` is told of a worker on which peers placed something and have nothing in flight."""
 
     def __init__(
         self,
@@ -58,6 +61,8 @@ class SharedPrefixes:
         *,
         policy_of: PolicyOf,
         settle: Callable[[], None],
+        telling: Callable[[], None],
+        peers_done: Callable[[Worker], None],
     ) -> None:
         self._state = state
         self._peers = peers
@@ -68,12 +73,15 @@ class SharedPrefixes:
         self._name_ref = words.model_ref(peers.name)
         self._policy_of = policy_of
         self._settle = settle
+        self._telling = telling
+        self._peers_done = peers_done
         self._models: dict[int, str] = {}
         self._waiting: list[tuple[str, News, float, int]] = []
         self._waiting_blocks = 0
         self._flushed_s = float("-inf")
         self._trunk_told: dict[int, int] = {}
         self._trunk_due_s = 0.0
+        self._heard_on: dict[bytes, float] = {}  # worker reference → when a placement there was heard last
         self._missing: dict[str, dict[bytes, int]] = {}  # peer → worker reference + block → block
         self._tails: list[tuple[str, int]] = []
         self._touches: list[tuple[str, int]] = []
@@ -117,11 +125,18 @@ class SharedPrefixes:
         if items:
             self._append(items)
         self.told += len(waiting)
+        self._telling()
 
     def step(self, now: float) -> None:
         """Ten times a second."""
         if self._waiting and now - self._flushed_s >= FLUSH_S:
             self.flush(now)
+        for ref, heard_s in list(self._heard_on.items()):
+            if now - heard_s >= DONE_S:
+                del self._heard_on[ref]
+                worker = self._chains.workers.get(ref)
+                if worker is not None and not worker.peers_in_flight:
+                    self._peers_done(worker)
         if now >= self._trunk_due_s:
             self._trunk_due_s = now + TRUNK_S
             self._tell_trunk()
@@ -200,6 +215,7 @@ class SharedPrefixes:
         else:
             news = News(placement, item.prefill_ms / 1000)
             is_known = policy.heard(news, now - item.age_ms / 1000, now)
+            self._heard_on[item.ref] = now
         if not is_known:
             self.orphans += 1
             missing = self._missing.setdefault(owner, {})
@@ -251,10 +267,24 @@ class SharedPrefixes:
                 elif type(item) is Trunk:
                     self._take(change.owner, [item], now)
         if change.is_last:
-            # The newest chains came first; used once more in turn, the newest last, they are in order of use again.
-            room = TAILS_MAX - len(self._touches)
-            self._touches += reversed(self._tails[: max(0, room)])
-            self._tails = []
+            self._order_tails()
+
+    def warmed(self, page: bytes) -> bool:
+        """Take in a page of a peer's chains; False when it was empty, and the worker's chains are complete."""
+        items, unknown = words.read_batch(page)
+        self.garbage += unknown
+        for item in items:
+            if type(item) is Run:
+                self._run(item)
+        if not items:
+            self._order_tails()
+        return bool(items)
+
+    def _order_tails(self) -> None:
+        # The newest chains came first; used once more in turn, the newest last, they are in order of use again.
+        room = TAILS_MAX - len(self._touches)
+        self._touches += reversed(self._tails[: max(0, room)])
+        self._tails = []
 
     def _run(self, item: Run) -> None:
         worker = self._worker_of(item.ref)

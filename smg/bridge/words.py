@@ -199,7 +199,15 @@ class AskedChains(Word, frozen=True, gc=False):
     rows: tuple[tuple[Ref, U64], ...]
 
 
-PLACEMENT, CHAINS = 1, 2
+class AskedPage(Word, frozen=True, gc=False):
+    """A question of a node that has just begun: a page of the chains that a worker holds, the newest first."""
+
+    kind: int
+    ref: Ref
+    page: U32
+
+
+PLACEMENT, CHAINS, PAGE = 1, 2, 3
 """Kinds of questions."""
 
 W = TypeVar("W", bound=Word)
@@ -249,6 +257,7 @@ _sticky_key = Reader(StickyKey)
 _asked = Reader(Asked)
 _told = Reader(Told)
 _asked_chains = Reader(AskedChains)
+_asked_page = Reader(AskedPage)
 
 
 def read_parameters(data: bytes) -> Parameters | None:
@@ -294,7 +303,7 @@ def read_told(data: bytes) -> Told | None:
     return _told(data)
 
 
-def read_question(data: bytes) -> Asked | AskedChains | None:
+def read_question(data: bytes) -> Asked | AskedChains | AskedPage | None:
     """A peer's question of a known kind."""
     try:
         parts = _kind.decode(data)
@@ -303,6 +312,8 @@ def read_question(data: bytes) -> Asked | AskedChains | None:
     kind = parts[1] if len(parts) > 1 else None
     if kind == PLACEMENT:
         return _asked(data)
+    if kind == PAGE:
+        return _asked_page(data)
     return _asked_chains(data) if kind == CHAINS else None
 
 

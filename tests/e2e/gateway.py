@@ -16,6 +16,7 @@ from typing import Any
 
 import trio
 
+from mesh.transport import Transport
 from smg.cli.flags import Given
 from smg.cli.node import Node
 from smg.cli.serve import drain
@@ -337,13 +338,18 @@ async def running_gateway(
     ready: bool = True,
     is_quiet: bool = True,
     seed: int = 1,
+    transport: Transport | None = None,
 ) -> AsyncIterator[Gateway]:
-    """A node with these flags and workers; `ready`: waits until all workers are and their models are known."""
+    """A node with these flags and workers; `ready`: waits until all workers are and their models are known.
+
+    `transport` is the network of its mesh, with `--ha-mesh`.
+    """
     urls = ["--worker-urls", *(worker.url for worker in workers)] if workers else []
     given = Given((*flags, *urls), {})
     settings = given.settings()
     readiness = Readiness()
-    node = Node(settings, readiness, Random(seed), given)
+    node = Node(settings, readiness, Random(seed), given, transport)
+    await node.bind()
     sockets = [socket.create_server(("127.0.0.1", 0), backlog=4096) for _ in range(3)]
     for sock in sockets:
         sock.setblocking(False)
