@@ -14,7 +14,7 @@ from hashlib import blake2b
 
 from smg.cli.flags import Given
 from smg.gateway.audit import Audit
-from smg.gateway.gates import Gates, Tenants, Tokens
+from smg.gateway.gates import Cors, Gates, Tenants, Tokens
 from smg.net.client import Client
 from smg.net.pool import ConnectionPool
 from smg.net.readiness import Readiness
@@ -33,7 +33,8 @@ _PROVIDER_CONNECT_S = 5.0
 class Access:
     """The rooms of section 15 of one node.
 
-    `key_sets` is a service, None without an identity provider. Raises `SettingsError` when a file cannot be used.
+    `key_sets` is a service, None without an identity provider; `serving_context` is that of the serving port, None without
+    TLS. Raises `SettingsError` when a file cannot be used.
     """
 
     def __init__(self, settings: Settings, readiness: Readiness) -> None:
@@ -46,14 +47,10 @@ class Access:
         self.key_sets = self._make_key_sets(auth, readiness) if auth.jwt_issuer is not None else None
         self.gates = Gates(keys, self._make_tokens(auth))
         self.tenants = Tenants(auth.tenant_header_name if auth.trust_tenant_header else None)
+        origins = settings.listening.cors_allowed_origins
+        self.cors = Cors(origins) if origins else None
+        self.serving_context = _serving_context(settings.tls)
         self.audit = Audit(logs.logger("smg.audit")) if auth.control_plane_audit_enabled else None
-
-    def server_context(self) -> ssl.SSLContext | None:
-        """The context of the serving port, None without TLS. Reads files."""
-        tls = self._tls
-        if tls.tls_cert_path is None or tls.tls_key_path is None:
-            return None
-        return server_context(tls.tls_cert_path, tls.tls_key_path)
 
     def worker_context(self) -> ssl.SSLContext | None:
         """The context towards workers; None: the default one, made when the first https worker is met. Reads files."""
@@ -177,6 +174,12 @@ class _ContextPart:
             swap()
 
         return Change((f"certificate with {describe(self._files[0])}",), apply)
+
+
+def _serving_context(tls: Tls) -> ssl.SSLContext | None:
+    if tls.tls_cert_path is None or tls.tls_key_path is None:
+        return None
+    return server_context(tls.tls_cert_path, tls.tls_key_path)
 
 
 def _worker_context(tls: Tls) -> ssl.SSLContext | None:

@@ -7,9 +7,7 @@ Owns which object is given to which (house law 4: dependencies enter by construc
 from __future__ import annotations
 
 import os
-import ssl
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from functools import partial
 from random import Random
 
 import trio
@@ -24,10 +22,9 @@ from smg.bridge.meters import mesh_meters
 from smg.cli.access import Access
 from smg.cli.caches import Caches
 from smg.cli.flags import Given
+from smg.cli.reloading import Reloading
 from smg.discovery import sources_of
-from smg.discovery.file import BrokenFile, File, parse
-from smg.discovery.static import specs_of
-from smg.errors import GatewayError, SettingsError
+from smg.errors import GatewayError
 from smg.fleet.breaker import Breaker, BreakerRules
 from smg.fleet.health import Health, HealthRules
 from smg.fleet.load import ReportRules
@@ -39,7 +36,6 @@ from smg.gateway.app import App
 from smg.gateway.dispatch import Dispatch
 from smg.gateway.explain import Explain
 from smg.gateway.fan_out import FanOut
-from smg.gateway.gates import Cors
 from smg.gateway.generate import Generate, Runner
 from smg.gateway.mesh_api import MeshApi, NoMesh
 from smg.gateway.models import Models
@@ -60,8 +56,7 @@ from smg.policies.routing_table import PolicyTable
 from smg.services.drain import Drains
 from smg.services.health_probes import HealthProbes
 from smg.services.load_reports import LoadReports
-from smg.services.reload import Change as Reloaded
-from smg.services.reload import Part, Reload
+from smg.services.reload import Reload
 from smg.services.rosters import Rosters
 from smg.services.worker_jobs import WorkerJobs
 from smg.settings import Settings
@@ -93,7 +88,6 @@ class Node:
         self._settings = settings
         self._readiness = readiness
         self._rng = rng
-        self._worker_key = settings.workers.worker_api_key
         # Choices have a random state of their own: `explain` copies it to tell the next choice (EXP-3).
         self._choice_rng = Random(rng.getrandbits(128))
         self.log = logs.logger("smg")
@@ -101,13 +95,7 @@ class Node:
         self._is_draining = False
         self.registry = _registry(settings)
         self._access = Access(settings, readiness)
-        self._server_context = self._access.server_context()
-        self._pool = ConnectionPool(
-            readiness,
-            idle_timeout_s=settings.workers.upstream_pool_idle_timeout_secs,
-            connect_timeout_s=settings.retries.connect_timeout_secs,
-            context=self._access.worker_context(),
-        )
+        self._pool = self._make_pool()
         client = Client(readiness, self._pool)
         self._probes_service = HealthProbes(
             self.registry,
@@ -144,8 +132,6 @@ class Node:
             self._make_policy,
             self.mesh.keys_of if self.mesh is not None else None,
         )
-        origins = settings.listening.cors_allowed_origins
-        self._cors = Cors(origins) if origins else None
         self._admission = admission_of(settings.limits, os.cpu_count() or 1, trio.current_time())
         self._tallies = Tallies(self.metrics)
         self._sender = _span_sender(settings)
@@ -200,7 +186,7 @@ class Node:
             app.report,
             self._readiness,
             _limits(self._settings),
-            tls=self._server_context,
+            tls=self._access.serving_context,
         )
         return self._serving
 
@@ -211,6 +197,26 @@ class Node:
     def probe_server(self) -> Server:
         """The port of `--health-check-port` (LIFE-4)."""
         return self._plain_server(self._probes.only_probes)
+
+    def _make_pool(self) -> ConnectionPool:
+        return ConnectionPool(
+            self._readiness,
+            idle_timeout_s=self._settings.workers.upstream_pool_idle_timeout_secs,
+            connect_timeout_s=self._settings.retries.connect_timeout_secs,
+            context=self._access.worker_context(),
+        )
+
+    def _make_reload(self, given: Given | None) -> Reload:
+        reloading = Reloading(
+            self._settings,
+            given,
+            self._access,
+            self._pool,
+            self.sources,
+            lambda: self._serving,
+            self.reporter("flags"),
+        )
+        return reloading.reload
 
     def _make_policy(self, name: str, model: str) -> Policy:
         """A policy off the shelf; those of `cache_aware` share index, hashes and fits over all models."""
@@ -296,59 +302,13 @@ class Node:
             generate,
             self._endpoints(client),
             self._access.gates,
-            self._cors,
+            self._access.cors,
             self.metrics,
             logs.logger("smg.gateway"),
             self._rng,
             id_headers=settings.telemetry.request_id_headers,
             audit=self._access.audit,
         )
-
-    def _make_reload(self, given: Given | None) -> Reload:
-        """The parts that are read again; whoever adds a room with a file adds its part here."""
-        reload = Reload(log=logs.logger("smg.reload"))
-        for part in self._access.parts(
-            given,
-            use_server_context=self._use_server_context,
-            use_worker_context=self._pool.use_context,
-            forget_heads=self._forget_heads,
-            use_worker_key=self._use_worker_key,
-        ):
-            reload.add(part)
-        path = self._settings.discovery.discovery_file
-        if path is not None:
-            # The source watches its file itself; this part is for SIGHUP, which refuses a broken one with all the rest.
-            reload.add(Part("discovery file", (), partial(self._prepare_discovery, path)))
-        return reload
-
-    def _use_server_context(self, context: ssl.SSLContext) -> None:
-        self._server_context = context
-        if self._serving is not None:
-            self._serving.use_tls(context)
-
-    def _forget_heads(self) -> None:
-        if self._serving is not None:
-            self._serving.forget_heads()
-
-    def _use_worker_key(self, settings: Settings) -> None:
-        """A key for workers was replaced: those without a key of their own get it (FLG-4)."""
-        self._worker_key = settings.workers.worker_api_key
-        self.reporter("flags")(specs_of(settings))
-        self._look_again()
-
-    def _look_again(self) -> None:
-        for source in self.sources:
-            if isinstance(source, File):
-                source.look_again(self._worker_key)
-
-    def _prepare_discovery(self, path: str) -> Reloaded:
-        with open(path, "rb") as file:
-            text = file.read()
-        try:
-            parse(text)
-        except BrokenFile as error:
-            raise SettingsError("--discovery-file", repr(path), str(error), is_combination=True) from None
-        return Reloaded((), self._look_again)
 
     def _endpoints(self, client: Client) -> Mapping[str, PlainHandler]:
         settings = self._settings

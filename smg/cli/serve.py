@@ -45,13 +45,14 @@ async def serve(settings: Settings, given: Given | None = None) -> int:
     _raise_file_limit()
     telemetry = settings.telemetry
     log = logs.configure(telemetry.log_level, telemetry.log_dir, telemetry.log_json)
-    listeners = _Listeners(settings)
     try:
         readiness = Readiness()
         node = Node(settings, readiness, Random(os.urandom(16)), given)
-        for warning in warnings(settings):
-            node.log.warn(warning)
+        listeners: _Listeners | None = None
         try:
+            listeners = _Listeners(settings)
+            for warning in warnings(settings):
+                node.log.warn(warning)
             await node.bind()
             return await _run(node, listeners, readiness, settings, log)
         except BaseExceptionGroup as group:
@@ -61,8 +62,9 @@ async def serve(settings: Settings, given: Given | None = None) -> int:
             raise wrong from None
         finally:
             node.close()
+            if listeners is not None:
+                listeners.close()
     finally:
-        listeners.close()
         log.close()
 
 

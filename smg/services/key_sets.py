@@ -21,7 +21,7 @@ import trio
 from smg.errors import UpstreamError
 from smg.net.client import Fetched
 from smg.services.asking import Log
-from smg.tenancy.claims import BadKeySet, KeySet, key_set
+from smg.tenancy.claims import BadKeySet, KeySet, key_set, load_library
 
 KEPT_FOR_S = 3600.0
 """How long a set of keys is used (SEC-7)."""
@@ -90,6 +90,7 @@ class KeySets:
         """Fetches when asked to, until cancelled; the first time at once, so that a wrong address shows in the log."""
         self._wanted.set()
         task_status.started()
+        await trio.to_thread.run_sync(load_library)
         while True:
             await self._wanted.wait()
             self._tried_s = self._now()

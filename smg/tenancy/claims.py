@@ -69,6 +69,13 @@ class TokenHead(msgspec.Struct, frozen=True):
     algorithm: str
 
 
+def load_library() -> None:
+    """Imports what signatures are checked with: some 100 ms, which no request should pay for."""
+    from joserfc import errors, jwk, jws
+
+    assert errors and jwk and jws
+
+
 def is_token(value: bytes) -> bool:
     """Whether a credential has the three parts of a JWT: then it is one, and has no second chance as a key (SEC-6)."""
     return value.count(b".") == 2
