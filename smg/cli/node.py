@@ -326,6 +326,7 @@ class Node:
             sheds_overload=settings.routing.worker_overload_shed
             and settings.routing.protects_from_overload(),
             owners=self.mesh.owners if self.mesh is not None else None,
+            block_chars=self._caches.hasher.settings.block_bytes,
         )
         return {
             "liveness": self._probes.liveness,

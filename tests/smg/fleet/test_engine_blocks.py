@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smg.fleet import engine_blocks
-from smg.fleet.block_hashes import BlockHasher, BlockSettings
+from smg.fleet.block_hashes import BlockHasher, BlockSettings, block_settings
 from smg.fleet.engine_blocks import EngineBlocks
 from smg.fleet.kv_events import Cleared, Removed, Stored
 from smg.fleet.prefix_index import PrefixIndex
@@ -285,3 +285,11 @@ def test_nothing_is_claimed_that_was_lost_when_any_message_is_missing(seed):
             site.tell(*events)
         for tokens in known:
             assert site.depth(tokens) <= engine.depth(tokens, 8)
+
+
+@pytest.mark.parametrize("engine", [1, 8, 16, 24, 48, 128, 200, 256])
+def test_blocks_of_the_index_end_where_those_of_the_engine_do(engine):
+    found = block_settings(engine, 5)
+    assert found.block_tokens % engine == 0 and found.block_tokens >= 128
+    assert found.block_tokens < 128 + engine
+    assert (found.block_bytes, found.cluster_seed) == (4 * found.block_tokens, 5)
