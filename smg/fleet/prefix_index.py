@@ -391,11 +391,8 @@ class PrefixIndex:
             holdings.stored = None
 
     def age(self, worker_id: str) -> None:
-        """Let placements fade on a worker whose engine tells what it stored.
-
-        To be called once per horizon (longer than a queue can be): what was placed before the last
-        call but one is forgotten unless the engine stored it. Without events nothing happens.
-        """
+        """`fade` a worker whose engine tells what it stored; once per horizon (longer than a queue can be). Others
+        are left alone."""
         holdings = self._workers.get(worker_id)
         if holdings is not None and holdings.stored is not None:
             self.fade(worker_id)
