@@ -13,6 +13,7 @@ from smg.fleet.worker import Status
 from smg.policies import POLICIES
 from tests.e2e.fake_worker import answers, fake_worker, fake_workers, resets, streams
 from tests.e2e.gateway import CHAT, HELLO, Answer, Gateway, running_gateway
+from tests.e2e.test_pd import pairs
 
 EXPLAIN = "/route/explain"
 RECEIPT = "x-smg-explain: 1"
@@ -263,3 +264,19 @@ async def test_predicted_and_actual_cached_tokens_are_counted():
         assert 900 <= gateway.metric("smg_cache_predicted_tokens_total", model="m") <= 1100
         assert gateway.metric("smg_cache_index_entries") == 8
         assert gateway.metric("smg_cache_index_bytes") > 0
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+async def test_a_pair_has_one_receipt_for_both_legs(is_stream):
+    async with pairs(prefills=2, decodes=2) as (gateway, prefills, decodes):
+        if is_stream:
+            for worker in decodes:
+                worker.play = streams(b"data: {}\n\n", b"data: [DONE]\n\n")
+        plain = await gateway.ask(CHAT, chat(text_of(1, 3), stream=is_stream))
+        assert plain.get("x-smg-explain") is None
+        first = next(worker.id for worker in prefills if worker.turns)
+        answer = await gateway.ask(CHAT, chat(text_of(1, 3), stream=is_stream), RECEIPT)
+        receipt = receipt_of(answer)
+        assert receipt["chosen"] == answer.worker and receipt["chosen"] in {worker.id for worker in decodes}
+        assert receipt["prefill"]["chosen"] == first  # its prompt is cached there
+        assert receipt["prefill"]["matched_blocks"] == receipt["prefill"]["blocks"] == 3
