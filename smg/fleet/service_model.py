@@ -7,7 +7,7 @@ actual cached tokens). It starts from a table, it may start wrong by a factor of
 number is clamped, so that one absurd answer cannot bend a choice for long. It never reads a clock.
 
 The form of the prefill is `a + u / R + k * u * (h + u / 2)` for u uncached tokens behind h cached ones:
-a fixed part, a linear part and attention (docs/routing.md 4.1). It is fitted by exponentiated gradient
+a fixed part, a linear part and attention (docs/routing.md). It is fitted by exponentiated gradient
 (Kivinen and Warmuth 1997): each part is multiplied by the error to the power of its share in the
 prediction. The study proposes recursive least squares; that was tried first, and it went astray where
 slots were full and most answers said nothing about prefill: clamps and covariance disagreed, and two

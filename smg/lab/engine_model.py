@@ -6,7 +6,7 @@ schedule. It is a machine: time comes in as `now`, what happened comes out as ev
 waits, never reads a clock, never opens a socket (`smg engine` puts HTTP around it, `smg simulate`
 drives a fleet of them), and it never looks at text: prompts arrive as chained block hashes.
 
-The model is the one of the routing study (docs/routing.md, "Simulation"): one prefill at a time,
+The model is the one of the routing study (docs/performance-routing.md): one prefill at a time,
 first come first served; decoding slows prefill down; the decode rate of a request is fixed when it
 starts to decode; blocks of a running request are pinned, others are evicted least recently used.
 Not modelled: chunked prefill, priorities, preemption, reuse of generated tokens.

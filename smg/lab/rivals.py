@@ -1,7 +1,7 @@
 """Policies that exist only in the simulation: what `cache_aware` is measured against.
 
 Owns the greedy router with full information and the rules of other routers, written from their
-documentation (docs/routing.md, section 1.2) with their defaults. They speak the verbs of a policy but
+documentation with their defaults. They speak the verbs of a policy but
 keep a ledger with exact knowledge of lengths and service times, which is generous to them. Nothing of
 this is offered to users as a policy.
 """

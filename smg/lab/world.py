@@ -45,7 +45,7 @@ class WorldSettings(msgspec.Struct, frozen=True, kw_only=True):
     loss_ratio: float = 0.0
     """Share of news that is lost on each way, without repair."""
     is_owner_asked: bool = False
-    """The session's owner among the gateways decides (docs/routing.md 4.5)."""
+    """The session's owner among the gateways decides (docs/routing.md)."""
     poll_s: float = 0.25
     """Between two load reports of a worker."""
     seed: int = 1

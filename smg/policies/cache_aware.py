@@ -5,7 +5,7 @@ This room owns the verbs of the policy: it turns a call into hashes and tokens (
 tell: seconds of prefill, characters per token, sizes of caches. It never sends, never waits and never
 reads a clock; choosing and explaining change nothing that a later choice could notice (EXP-1).
 
-Other gateways enter by three calls (docs/routing.md 4.2 and 4.5): `heard` takes a peer's placement in,
+Other gateways enter by three calls (docs/routing.md): `heard` takes a peer's placement in,
 `decide` answers a peer's question as the owner of its session, `follow` takes such an answer.
 """
 

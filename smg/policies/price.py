@@ -1,6 +1,6 @@
 """The arithmetic of `cache_aware`: what each candidate costs a request, in seconds.
 
-    cost = wait + price x prefill(uncached) + coherence            (docs/routing.md 4.1)
+    cost = wait + price x prefill(uncached) + coherence            (docs/routing.md)
 
 This room owns the accounts of one model's workers, the utilisation behind the price, and the choice of
 whom to price at all in a large fleet. `wait` is the prefill already in front (`account`). `prefill` is
