@@ -1,7 +1,7 @@
 """Owner placement: one node decides for all requests of a session while much prefill is at stake (docs/routing.md 4.5).
 
 Owns the question to the owner, its deadline, the rest of an owner that did not answer, and the answering side. A request that
-asks is late by `PATIENCE_S` at worst, and then decided here as ever; an owner that hangs costs one such wait and is left alone
+asks is late by `PATIENCE_MAX_S` at worst, and then decided here as ever; an owner that hangs costs one such wait and is left alone
 for a while (MSH-7). It must never ask twice for one request.
 """
 
@@ -27,8 +27,11 @@ from smg.policies.policy import Policy
 
 WORTH_S = 0.04
 """Uncached prefill from which a question pays, about 400 tokens of a mid-size model: many times what it costs."""
-PATIENCE_S = 0.005
-"""A LAN answers within one millisecond; five are nothing beside the prefill that is at stake."""
+PATIENCE_MIN_S = 0.005
+PATIENCE_MAX_S = 0.02
+PATIENCE_SHARE = 0.2
+"""How long an answer is waited for: a share of the prefill that is at stake, within these bounds. A LAN answers within one
+millisecond; what is late was held up by a busy loop."""
 REST_MIN_S = 0.02
 REST_MAX_S = 10.0
 """An owner that did not answer twice in a row is not asked for this long, doubled each time, until it answers again: one that
@@ -46,6 +49,8 @@ class Worth(msgspec.Struct, frozen=True, gc=False):
     owner: str
     policy: CacheAware
     question: Question
+    stake_s: float
+    """Seconds of prefill that are cached nowhere."""
 
 
 class _Rest:
@@ -97,7 +102,10 @@ class Owners:
         if cache_aware is None or (call.routing_key and is_sticky(policy)):
             return None  # a key that sticks is decided by the sticky map
         question = cache_aware.question(call)
-        if len(question.blocks) > BLOCKS_MAX or cache_aware.uncached_s(question) < WORTH_S:
+        if len(question.blocks) > BLOCKS_MAX:
+            return None
+        stake_s = cache_aware.uncached_s(question)
+        if stake_s < WORTH_S:
             return None
         session = cache_aware.session(question)
         if session is None:
@@ -107,15 +115,15 @@ class Owners:
         owner = rendezvous.first(session.to_bytes(8, "big"), nodes)
         if owner is None or owner == peers.name or not peers.is_well(owner):
             return None
-        return Worth(owner, cache_aware, question)
+        return Worth(owner, cache_aware, question, stake_s)
 
     async def consult(self, call: Call, worth: object) -> str | None:
         """Ask the owner of this call's session; the next `choose` of the call follows its answer.
 
-        The owner's name when it answered, else None. Waits `PATIENCE_S` at most.
+        The owner's name when it answered, else None. Waits `PATIENCE_MAX_S` at most.
         """
         assert isinstance(worth, Worth)
-        decision = await self._decision(worth.owner, call, worth.question, books=True)
+        decision = await self._decision(call, worth, books=True)
         if decision is None:
             return None
         worth.policy.follow(call, decision)
@@ -128,14 +136,14 @@ class Owners:
         worth = self.worth(call, policy)
         if worth is None:
             return None
-        decision = await self._decision(worth.owner, call, worth.question, books=False)
+        decision = await self._decision(call, worth, books=False)
         for worker in candidates:
             if decision is not None and worker.id == decision.worker_id:
                 return worker, worth.owner
         return None
 
-    async def _decision(self, owner: str, call: Call, question: Question, *, books: bool) -> Decision | None:
-        now = self._clock()
+    async def _decision(self, call: Call, worth: Worth, *, books: bool) -> Decision | None:
+        owner, question, now = worth.owner, worth.question, self._clock()
         rest = self._rests.get(owner)
         if rest is not None and now < rest.until_s:
             self.counts["resting"] += books
@@ -155,7 +163,8 @@ class Owners:
         )
         started_s = trio.current_time()
         answer = None
-        with trio.move_on_after(PATIENCE_S) as patience:
+        patience_s = min(max(PATIENCE_SHARE * worth.stake_s, PATIENCE_MIN_S), PATIENCE_MAX_S)
+        with trio.move_on_after(patience_s) as patience:
             try:
                 answer = await self._ask(owner, words.encode(asked))
             except (WeatherError, BoundError):

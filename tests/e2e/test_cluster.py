@@ -190,10 +190,13 @@ async def test_msh_6_a_prefix_seen_by_one_node_is_followed_by_the_others(count: 
         late = [prompt(rng) for _ in range(200)]
         chosen_late = [await sent_to(first, text + " now alpha") for text in late]
         await trio.sleep(0.2)
-        same = [
-            await sent_to(others[number % len(others)], text + " then beta") == chosen_late[number]
-            for number, text in enumerate(late)
-        ]
+        same = []
+        for place, client in enumerate(
+            others
+        ):  # one after the other: the workers here take no time, which nobody expects
+            for number in range(place, len(late), len(others)):
+                same.append(await sent_to(client, late[number] + " then beta") == chosen_late[number])
+            await trio.sleep(0.2)
         assert sum(same) >= 0.99 * len(late)
         kept = [
             await sent_to(first, text + " third") == name
@@ -393,12 +396,7 @@ async def test_msh_1_without_a_mesh_the_paths_say_so():
 
 
 class TestOwner:
-    """Owner placement (docs/routing.md 4.5). Patience is longer here than in production: the machine may be busy."""
-
-    @pytest.fixture(autouse=True)
-    def patient(self, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-        if "hangs" not in request.node.name:
-            monkeypatch.setattr("smg.bridge.owner.PATIENCE_S", 1.0)
+    """Owner placement (docs/routing.md 4.5)."""
 
     @staticmethod
     async def siblings(nodes: Cluster, text: str) -> list[str]:
@@ -431,8 +429,9 @@ class TestOwner:
         async with fake_workers(4, "m") as workers, cluster("a", "b", workers=workers) as nodes:
             rng = Random(13)
             owners = set()
-            for _ in range(12):
+            for _ in range(8):
                 document = chat(prompt(rng, 24_000))
+                await trio.sleep(0.25)  # nothing is waited for any more
                 entries = [nodes[name].node._caches.index.entries for name in "ab"]
                 told = (await nodes["a"].ask("/route/explain", document)).document
                 again = (await nodes["a"].ask("/route/explain", document)).document
