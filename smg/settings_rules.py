@@ -226,7 +226,9 @@ def _mesh(settings: Settings) -> None:
         given = next(flag for flag in files if flag not in missing)
         _refuse(given, str(files[given]), f"needs {' and '.join(missing)} too")
     if mesh.mesh_secret is not None and mesh.mesh_keys_file is not None:
-        _refuse("--mesh-keys-file", mesh.mesh_keys_file, "takes the place of --mesh-secret; give one of the two")
+        _refuse(
+            "--mesh-keys-file", mesh.mesh_keys_file, "takes the place of --mesh-secret; give one of the two"
+        )
 
 
 def _mesh_warnings(settings: Settings) -> list[str]:

@@ -83,5 +83,6 @@ CODES: tuple[ErrorCode, ...] = (
     ErrorCode("WORKER_ALREADY_EXISTS", (409,), ADMIN, "The URL is registered.", "Change the worker with `PATCH` or `PUT`.", "WRK-7"),
     ErrorCode("WORKER_CREATE_IN_PROGRESS", (409,), ADMIN, "The URL is being added.", "Wait for it: `GET /workers/{id}`.", "WRK-7"),
     ErrorCode("mesh_disabled", (409,), ADMIN, "The gateway is in no mesh.", "Start it with `--ha-mesh`.", "MSH-4"),
+    ErrorCode("already_left", (409,), ADMIN, "The node has left its mesh.", "Restart it to join again.", "MSH-4"),
     ErrorCode("internal_error", (500,), NODE, "A fault of the gateway itself; its log has the rest, by request id.", "Report it.", "ERR-21"),
 )  # fmt: skip

@@ -176,7 +176,9 @@ def _key_of(entry: dict[str, Any]) -> Any:
     from joserfc.errors import JoseError
     from joserfc.jwk import ECKey, RSAKey
 
-    public: dict[str, Any] = {name: entry[name] for name in ("kty", "n", "e", "crv", "x", "y") if name in entry}
+    public: dict[str, Any] = {
+        name: entry[name] for name in ("kty", "n", "e", "crv", "x", "y") if name in entry
+    }
     try:
         if public["kty"] == "EC":
             return ECKey.import_key(public)

@@ -48,9 +48,20 @@ def test_seeds_come_from_the_environment_too() -> None:
 
 def test_the_aliases_of_the_existing_system_are_accepted() -> None:
     mesh = parsed(
-        "--enable-mesh", "--mesh-server-name", "n", "--mesh-advertise-host", "10.0.0.1", "--mesh-peer-urls", "b:1"
+        "--enable-mesh",
+        "--mesh-server-name",
+        "n",
+        "--mesh-advertise-host",
+        "10.0.0.1",
+        "--mesh-peer-urls",
+        "b:1",
     ).mesh
-    assert (mesh.ha_mesh, mesh.node_name, mesh.mesh_advertise, mesh.seeds) == (True, "n", "10.0.0.1", ("b:1",))
+    assert (mesh.ha_mesh, mesh.node_name, mesh.mesh_advertise, mesh.seeds) == (
+        True,
+        "n",
+        "10.0.0.1",
+        ("b:1",),
+    )
 
 
 @pytest.mark.parametrize("flag", ["--seeds", "--mesh-peer-urls"])

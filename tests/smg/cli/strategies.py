@@ -36,7 +36,9 @@ _TEXTS = {
     model_alias: st.builds("{}={}".format, _NAMES, _NAMES.map(lambda name: f"models/{name}")),
     origin: st.just("*") | st.builds("https://{}".format, _NAMES),
     url_path: _NAMES.map(lambda name: f"/{name}"),
-    event_endpoints: st.builds("tcp://{}:{}".format, _NAMES | st.just("{host}"), _PORTS | st.just("{port+1}")),
+    event_endpoints: st.builds(
+        "tcp://{}:{}".format, _NAMES | st.just("{host}"), _PORTS | st.just("{port+1}")
+    ),
     worker_url: _URLS,
     seed_list: st.lists(_NAMES, min_size=1, max_size=3).map(",".join),
     advertised: _NAMES,
