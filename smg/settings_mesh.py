@@ -51,9 +51,9 @@ def _check_address(text: str) -> None:
         host = f"[{text}]"
     if not _HOST.fullmatch(host):
         raise ValueError(f"{text} is no host or host:port")
-    if ":" in text and not bare and not text.endswith("]"):
-        if not _PORT.fullmatch(port) or not 1 <= int(port) <= 65535:
-            raise ValueError("the port must be between 1 and 65535")
+    has_port = ":" in text and not bare and not text.endswith("]")
+    if has_port and not (_PORT.fullmatch(port) and 1 <= int(port) <= 65535):
+        raise ValueError("the port must be between 1 and 65535")
 
 
 def _split(text: str) -> tuple[str, str]:
