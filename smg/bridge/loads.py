@@ -21,8 +21,8 @@ from smg.fleet.worker import LoadReport, Worker
 LOAD = "load"
 ENGINE = "engine"
 
-LOOK_INTERVAL_S = 0.025
-"""Changes are looked for this often; with the mesh's own 10 ms and a hop the word is there within 50 ms."""
+LOOK_INTERVAL_S = 1 / 30
+"""Changes are looked for this often; with a hop on top the word is there within 50 ms."""
 ROWS_MAX = 2_000
 """Workers in one value: about 30 KB. More workers take several values."""
 SELF_POLLING_MAX = 16

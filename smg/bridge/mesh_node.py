@@ -54,7 +54,7 @@ from smg.policies.cache_aware import CacheAware
 from smg.policies.policy import Policy
 from smg.settings import Settings
 
-STEP_LOOKS = 4
+STEP_LOOKS = 3
 """Looks at our load between two steps of everything else: a step each 100 ms."""
 SLOW_STEPS = 10
 """Steps between two looks at what changes slowly: each second."""

@@ -13,12 +13,13 @@ from collections.abc import Callable, Sequence
 from smg import __version__
 
 _LAUNCH_WORDS = ("launch", "start")
-_LATER_COMMANDS = ("mesh",)
+_LATER_COMMANDS: tuple[str, ...] = ()
 _MODULES = {
     "engine": "smg.lab.engine",
     "simulate": "smg.lab.simulate_command",
     "workers": "smg.cli.remote",
     "route": "smg.cli.route",
+    "mesh": "smg.cli.mesh_command",
 }
 _SUMMARIES = {
     "launch": "start a gateway node (also: start, or no command at all)",
@@ -26,6 +27,7 @@ _SUMMARIES = {
     "simulate": "replay a trace through the real policies",
     "workers": "list, add and remove the workers of a running gateway",
     "route": "explain where a running gateway would send a request, and why",
+    "mesh": "show the mesh as a running gateway sees it, and leave it",
     "doctor": "check a configuration and the reachability of its workers",
 }
 
