@@ -8,6 +8,7 @@ send to a worker.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 
 from mesh import BoundError, Change, Lost, Put, Removed, State
@@ -140,9 +141,8 @@ class SharedLoads:
         nodes = [self._name, *self._live()]
         if len(nodes) <= SELF_POLLING_MAX or rendezvous.first(base_url.encode(), nodes) == self._name:
             return True
-        return (
-            now - self._heard_s.get(base_url, -RELAY_SILENCE_S) > RELAY_SILENCE_S + 4 * self._rules.interval_s
-        )
+        silent_s = now - self._heard_s.get(base_url, -math.inf)
+        return silent_s > RELAY_SILENCE_S + 4 * self._rules.interval_s
 
     def polled(self, worker: Worker, told: LoadReport, now: float) -> None:
         """An engine answered this node; in a large mesh the others hear it from us."""

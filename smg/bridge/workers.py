@@ -100,7 +100,9 @@ class SharedWorkers:
         self._orders: dict[tuple[int, str], Order] = {}  # by kind and url
         self._bad_since: dict[str, float] = {}  # url of an orphan that nobody reaches → since when
         self._given_up: set[str] = set()  # orphans that were let go
-        self._adopted: dict[str, str] = {}  # url → the dead node whose listing we took over
+        self._adopted: dict[
+            str, tuple[str, WorkerSpec]
+        ] = {}  # url → the dead node whose listing we took over
         self.is_dirty = False
         self.garbage = 0
         self._registry.subscribe(self._changed)
@@ -206,10 +208,8 @@ class SharedWorkers:
     def _own(self) -> dict[str, tuple[int, WorkerSpec, str]]:
         """What we list, the highest origin of each URL, as peers should hear it."""
         found: dict[str, tuple[int, WorkerSpec, str]] = {}
-        for url, adopted_from in self._adopted.items():
-            listing = self._theirs.get(url, {}).get(adopted_from)
-            if listing is not None:
-                found[url] = (ADOPTED, listing.spec, adopted_from)
+        for url, (adopted_from, spec) in self._adopted.items():
+            found[url] = (ADOPTED, spec, adopted_from)
         for source, specs in self._sources.items():
             if source == FLAGS_SOURCE and self._is_private:
                 continue
@@ -267,7 +267,10 @@ class SharedWorkers:
                 return
 
     def _theirs_wanted(self) -> Iterator[WorkerSpec]:
-        """The workers that peers list and nobody deleted."""
+        """The workers that peers list, or dead ones did, and nobody deleted."""
+        for url, (_, spec) in self._adopted.items():
+            if url not in self._theirs and (DELETED, url) not in self._orders and url not in self._given_up:
+                yield self._spec_of(url, spec)
         for url, listings in self._theirs.items():
             if (DELETED, url) in self._orders or url in self._given_up:
                 continue
@@ -365,9 +368,10 @@ class SharedWorkers:
             else:
                 self._bad_since.pop(url, None)
                 self._adopt(url, listings, now)
-        for url, dead in list(self._adopted.items()):
+        for url, (dead, _) in list(self._adopted.items()):
             if dead in live or any(node in live for node in self._theirs.get(url, ())):
                 del self._adopted[url]  # its owner is back, or somebody else lists it: their word counts
+                changed = True
         if changed:
             self._touch()
         self._publish()
@@ -383,7 +387,7 @@ class SharedWorkers:
             return
         for node in sorted(listings):
             if (self._members.dead_for_s(node, now) or 0.0) > ADOPTION_S:
-                self._adopted[url] = node
+                self._adopted[url] = (node, listings[node].spec)
                 return
 
     def _is_first(self) -> bool:
