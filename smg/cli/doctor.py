@@ -1,4 +1,4 @@
-"""`smg doctor`: would a gateway with these flags start here, and would it reach its workers?
+"""`smg doctor`: would a gateway with these flags start here, and would it reach its workers and peers?
 
 Owns the list of checks, their order, and the report (a table, or JSON for machines). It takes the flags of `smg launch`, binds
 ports only to let them go at once, and changes nothing. Exit code 1 when a check fails, so that a deployment can stop there.
@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from smg.cli.doctor_mesh import examine_mesh
 from smg.cli.doctor_workers import Candidate, Finding, WorkerReport, examine
 from smg.cli.flags import (
     launch_parser,
@@ -85,6 +86,8 @@ def look(settings: Settings, timeout_s: float) -> list[Finding]:
     findings += _surroundings(settings, timeout_s)
     context, certified = _certificates(settings)
     findings += certified
+    if settings.mesh.ha_mesh:
+        findings += examine_mesh(settings.mesh, timeout_s)
     candidates, discovered = _candidates(settings)
     findings += discovered
     if not candidates:

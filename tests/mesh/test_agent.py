@@ -97,10 +97,13 @@ async def test_a_restart_under_the_same_name_is_alive_within_a_second() -> None:
     async with world() as play:
         a, b, c = await play.mesh("abc")
         c.agent.state.put(OWNED, b"url", b"old")
+        a.agent.state.put(OWNED, b"other", b"kept")
         await trio.sleep(5)
         host = (await play.kill("c")).host
         again = await play.start("c", [f"{a.host}:7946"], host=host)
         again.agent.state.put(OWNED, b"url", b"new")
+        # Its first words come before membership has told its new life to the others; they must not be lost.
+        assert await play.until(lambda: again.agent.state.get(OWNED, b"other", "a") == b"kept", 5.0) <= 0.5
 
         def is_back() -> bool:
             rows = [node.agent.member("c") for node in (a, b)]
