@@ -22,6 +22,7 @@ from mesh import (
     Ephemeral,
     Event,
     Hooks,
+    Keyring,
     Lww,
     MeshError,
     Owned,
@@ -300,6 +301,36 @@ class MeshNode:
     def polled(self, worker: Worker, told: LoadReport) -> None:
         """An engine told its load."""
         self.loads.polled(worker, told, trio.current_time())
+
+    # -- keys
+
+    def key_files(self) -> tuple[str, ...]:
+        """Files that are read again when they change: secrets and certificates."""
+        mesh = self._mesh
+        paths = (mesh.mesh_keys_file, mesh.mesh_tls_ca_cert, mesh.mesh_tls_cert, mesh.mesh_tls_key)
+        return tuple(path for path in paths if path is not None)
+
+    def read_keys(self) -> tuple[tuple[str, ...], Callable[[], None]] | None:
+        """What changed in them, in words without secrets, and the swap; None when nothing did. Raises `SettingsError`."""
+        ring = Keyring.of(*identity.secrets_of(self._mesh))
+        tls = identity.tls_of(self._mesh)
+        old = self._agent.keyring
+        lines = []
+        if ring.ids != old.ids:
+            shown = ", ".join(f"{key_id:08x}" for key_id in ring.ids)
+            lines.append(
+                f"mesh: {len(ring.ids)} secret(s) instead of {len(old.ids)}, {shown}; the first one seals"
+            )
+        elif tls is None:
+            return None
+
+        def swap() -> None:
+            if ring.ids != old.ids:
+                self._agent.set_keyring(ring)
+            if tls is not None:
+                self._agent.reload_tls()
+
+        return tuple(lines or ["mesh: certificates were read again, for streams opened from now on"]), swap
 
     # -- for operators
 

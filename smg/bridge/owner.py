@@ -181,7 +181,7 @@ class Owners:
             self.counts["refused"] += books
             return None
         self.counts["followed"] += books
-        return Decision(worker_id, max(0.0, told.prefill_s), told.matched_blocks)
+        return Decision(worker_id, max(0.0, told.prefill_s), told.matched_blocks, owner)
 
     def _missed(self, owner: str) -> None:
         rest = self._rests.setdefault(owner, _Rest())

@@ -215,6 +215,7 @@ class Node:
             self.sources,
             lambda: self._serving,
             self.reporter("flags"),
+            self.mesh,
         )
         return reloading.reload
 

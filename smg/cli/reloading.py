@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import Callable, Sequence
+from functools import partial
 
+from smg.bridge.mesh_node import MeshNode
 from smg.cli.access import Access
 from smg.cli.flags import Given
 from smg.discovery.file import BrokenFile, File, parse
@@ -39,6 +41,7 @@ class Reloading:
         sources: Sequence[Source],
         serving: Callable[[], Server | None],
         report: Callable[[tuple[WorkerSpec, ...]], None],
+        mesh: MeshNode | None = None,
     ) -> None:
         self._worker_key = settings.workers.worker_api_key
         self._sources = sources
@@ -54,6 +57,8 @@ class Reloading:
             use_worker_key=self._use_worker_key,
         ):
             self.reload.add(part)
+        if mesh is not None and mesh.key_files():
+            self.reload.add(Part("mesh keys", mesh.key_files(), partial(_prepare_mesh, mesh)))
         if self._discovery_file is not None:
             # The source watches its file itself; this part is for SIGHUP, which refuses a broken one with all the rest.
             self.reload.add(Part("discovery file", (), self._prepare_discovery))
@@ -89,3 +94,8 @@ class Reloading:
         except BrokenFile as error:
             raise SettingsError("--discovery-file", repr(path), str(error), is_combination=True) from None
         return Change((), self._look_again)
+
+
+def _prepare_mesh(mesh: MeshNode) -> Change | None:
+    found = mesh.read_keys()
+    return None if found is None else Change(*found)

@@ -80,6 +80,7 @@ class _Watched:
         self._writer = writer
         self._leg = leg
         self._decided: tuple[Worker, Terms | None, str] | None = None
+        self._owner: str | None = None
         self.name = inner.name
         self.wants = inner.wants
         self.is_random = inner.is_random
@@ -88,7 +89,15 @@ class _Watched:
         """The inner policy's choice; what it weighed is remembered."""
         state = rng.getstate()
         by = decided_by(self.inner, call)
+        follows = getattr(inner_of(self.inner), "follows", None)
+        decision = follows(call) if follows is not None else None
         worker = self.inner.choose(call, workers, now, rng)
+        self._owner = None
+        if decision is not None and worker is not None:
+            if worker.id == decision.worker_id:
+                self._owner = decision.owner
+            else:
+                by = "policy"  # the owner's worker is no candidate here
         if worker is not None:
             spare = Random()
             spare.setstate(state)
@@ -111,6 +120,8 @@ class _Watched:
     def _write(self, call: Call, worker: Worker, terms: Terms | None, by: str) -> None:
         count = getattr(inner_of(self.inner), "blocks_of", None)
         receipt: dict[str, Any] = {"chosen": worker.id, "policy": self.name, "decided_by": by}
+        if by == "owner" and self._owner:
+            receipt["owner"] = self._owner
         if count is not None:
             receipt["matched_blocks"] = terms.matched_blocks if terms is not None else 0
             receipt["blocks"] = int(count(call))
@@ -144,7 +155,7 @@ class _Watched:
 def decided_by(policy: Policy, call: Call) -> str:
     """Which rule decides when the policy is asked about this call: `owner`, `routing_key` or `policy` (EXP-3)."""
     follows = getattr(inner_of(policy), "follows", None)
-    if follows is not None and follows(call):
+    if follows is not None and follows(call) is not None:
         return "owner"
     return "routing_key" if call.routing_key is not None and obeys_key(policy) else "policy"
 

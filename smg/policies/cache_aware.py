@@ -292,9 +292,9 @@ class CacheAware:
         """Blocks of the call's prompt, as the index counts them."""
         return len(self.question(call).blocks)
 
-    def follows(self, call: Call) -> bool:
-        """Whether an owner has decided about the call, and `choose` will follow."""
-        return id(call) in self._followed
+    def follows(self, call: Call) -> Decision | None:
+        """What an owner has decided about the call; `choose` will follow if that worker is a candidate."""
+        return self._followed.get(id(call))
 
     def session(self, question: Question) -> int | None:
         """The key whose owner should decide a question; None when there is nothing that could be shared."""

@@ -42,6 +42,8 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
     seconds: float
     """Expected prefill seconds on that worker."""
     matched_blocks: int
+    owner: str = ""
+    """The gateway that decided, where another one asked it."""
 
 
 class Neighbours(Protocol):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import socket
+from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
 import trio
+import trustme
 
 from mesh.transport import NetTransport
 from smg.fleet.worker import Status
@@ -331,6 +335,39 @@ async def test_msh_8_a_node_with_another_secret_never_joins():
         nursery.cancel_scope.cancel()
 
 
+async def test_msh_8_a_secret_is_changed_without_a_restart(tmp_path: Path):
+    old, new = "o" * 24, "n" * 24
+    files = {name: tmp_path / name for name in "ab"}
+    async with trio.open_nursery() as nursery:
+        nodes = Cluster(nursery, ())
+        for name, file in files.items():
+            file.write_text(old)
+            await nodes.start(name, "--mesh-keys-file", str(file))
+        await eventually(nodes.all_alive)
+        downs: list[object] = []
+        nodes.mesh("a").agent.on_member(downs.append)
+        for content in (f"{old}\n{new}", f"{new}\n{old}", new):
+            for name, file in files.items():
+                file.write_text(content)
+                nodes[name].node.reload.ask()
+                wanted = len(content.split())
+                await eventually(
+                    lambda name=name, wanted=wanted: len(nodes.mesh(name).agent.keyring.ids) == wanted
+                )
+            await eventually(
+                lambda: nodes.mesh("a").agent.key_holders(nodes.mesh("a").agent.keyring.ids[0])[0] == 2
+            )
+        await trio.sleep(1.2)
+        assert nodes.all_alive()
+        assert not [event for event in downs if type(event).__name__ in ("Suspected", "MemberDown")]
+        await nodes.start("c", "--mesh-secret", new)
+        await eventually(nodes.all_alive)
+        await nodes.start("d", "--mesh-secret", old)
+        await trio.sleep(1.0)
+        assert "d" not in nodes.states("a")
+        nursery.cancel_scope.cancel()
+
+
 async def test_msh_8_keys_of_workers_travel_in_a_sealed_mesh_only():
     async with fake_worker("m") as worker:
         for secret in ("", "s" * 20):
@@ -339,6 +376,43 @@ async def test_msh_8_keys_of_workers_travel_in_a_sealed_mesh_only():
                 await nodes["a"].ask("/workers", {"url": worker.url, "api_key": "sk-worker"})
                 await eventually(lambda nodes=nodes: nodes.all_ready(1), 2.0)
                 assert nodes["b"].worker(worker).spec.api_key == ("sk-worker" if secret else None)
+
+
+@pytest.mark.parametrize("secret", [[], ["--mesh-secret", "s" * 20]])
+async def test_msh_8_mutual_tls_admits_who_has_a_certificate_and_nobody_else(
+    tmp_path: Path, secret: list[str]
+):
+    authority = trustme.CA()
+    ca, stranger = tmp_path / "ca.pem", trustme.CA().issue_cert("other")
+    authority.cert_pem.write_to_path(str(ca))
+
+    def flags(name: str, certificate: trustme.LeafCert) -> list[str]:
+        chain, key = tmp_path / f"{name}.pem", tmp_path / f"{name}.key"
+        certificate.cert_chain_pems[0].write_to_path(str(chain))
+        certificate.private_key_pem.write_to_path(str(key))
+        with socket.create_server((LOOPBACK, 0)) as taken:
+            ports[name] = taken.getsockname()[1]
+        files = ["--mesh-tls-ca-cert", str(ca), "--mesh-tls-cert", str(chain), "--mesh-tls-key", str(key)]
+        seeds = ["--seeds", f"{LOOPBACK}:{ports['a']}"] if name != "a" else []
+        return [
+            "--ha-mesh", "--node-name", name, "--mesh-host", LOOPBACK, "--mesh-port", str(ports[name]),
+            *files, *seeds, *secret,
+        ]  # fmt: skip
+
+    ports: dict[str, int] = {}
+    async with (
+        fake_worker("m") as worker,
+        running_gateway(*flags("a", authority.issue_cert("a.mesh")), workers=[worker]) as a,
+        running_gateway(*flags("b", authority.issue_cert("b.mesh")), ready=False) as b,
+        running_gateway(*flags("c", stranger), ready=False) as c,
+    ):
+        await eventually(lambda: b.ready_count == 1)
+        status = (await b.ask("/mesh/status")).document
+        assert [(peer["name"], peer["is_protected"]) for peer in status["peers"]] == [("a", True)]
+        assert status["peers"][0]["transport"] == ("udp" if secret else status["peers"][0]["transport"])
+        await trio.sleep(1)
+        assert {row["name"] for row in (await a.ask("/mesh/members")).document["members"]} == {"a", "b"}
+        assert {row["name"] for row in (await c.ask("/mesh/members")).document["members"]} == {"c"}
 
 
 async def test_msh_9_garbage_on_the_mesh_port_changes_nothing():
@@ -440,8 +514,13 @@ class TestOwner:
                         del row["terms"], row["cost"]  # waits go on while we ask
                 assert told == again
                 assert [nodes[name].node._caches.index.entries for name in "ab"] == entries
-                answer = await nodes["a"].ask(CHAT, document)
+                answer = await nodes["a"].ask(CHAT, document, "x-smg-explain: 1")
                 assert answer.worker == told["chosen"]
+                receipt = json.loads(answer["x-smg-explain"])
+                assert (receipt["decided_by"], receipt.get("owner")) == (
+                    told["decided_by"],
+                    told.get("owner"),
+                )
                 owners.add((told["decided_by"], told.get("owner")))
             assert owners == {("owner", "b"), ("policy", None)}
 
