@@ -32,6 +32,8 @@ REPAIR_SLOWEST_S = 60.0
 FORGET_INTERVAL_S = 60.0
 FULL_ALWAYS_MAX = 32
 """Up to this many members the periodic exchange is sent whatever the fingerprints say: it is 2 KB."""
+NEWBORN_INTERVAL_S = 0.25
+"""A node without any table asks this often at most."""
 AGREED_S = 10.0
 """Above, it is skipped when some member's fingerprint was ours this recently."""
 
@@ -42,6 +44,7 @@ class Exchange:
     __slots__ = (
         "_agreed_s",
         "_detector",
+        "_is_newborn",
         "_judge",
         "_outbox",
         "_own",
@@ -78,6 +81,8 @@ class Exchange:
         self._repair_due_s = float("-inf")
         self._repair_pause_s = settings.repair_interval_s
         self._repaired_fingerprint: int | None = None
+        self._is_newborn = True
+        """No table of anyone came yet in this life."""
         self._agreed_s = float("-inf")
         """Machine time of the last ack whose fingerprint was ours."""
 
@@ -118,6 +123,11 @@ class Exchange:
             return
         if not settings.repair_interval_s:
             return
+        if self._is_newborn and now >= self._repair_due_s:
+            # Others found us before a seed answered: do not meet them one by one.
+            self._repair_due_s = now + NEWBORN_INTERVAL_S
+            self.push(member, now)
+            return
         if now - self._roster.changed_s < settings.repair_after_s or now < self._repair_due_s:
             return
         if self._repaired_fingerprint == self._roster.fingerprint:
@@ -127,6 +137,10 @@ class Exchange:
         self._repaired_fingerprint = self._roster.fingerprint
         self._repair_due_s = now + self._repair_pause_s
         self.push(member, now)
+
+    def merged(self) -> None:
+        """A table of a peer was merged."""
+        self._is_newborn = False
 
     def _slices(self, now: float) -> list[tuple[Record, ...]]:
         records = [self._own.record]

@@ -234,6 +234,7 @@ class Swim:
                 self._follow(outcome, entry, now)
         if is_healing:
             self._awareness.forgive()
+        self._exchange.merged()
         member = self._roster.get(source.name)
         if member is not None and member.record.boot == source.boot:
             member.heard_s = now

@@ -138,3 +138,12 @@ def test_tombstones_travel_with_their_age() -> None:
     member = other.member("gone")
     assert member is not None and member.status == Status.DEAD
     assert member.since_s == 50.0 - 1000.0
+
+
+def test_a_newborn_that_others_find_first_asks_for_a_table_at_once() -> None:
+    table, swims = mesh_of(8)
+    newborn = machine("new", 50, now=table.now)
+    table.swims[newborn.own.address] = newborn
+    swims[0].receive(gossip(newborn.own), newborn.own.address, table.now)
+    table.run(1.0)
+    assert table.agree()

@@ -166,11 +166,12 @@ class Node:
                 self.dial(event.record.address, [])
         elif isinstance(event, MemberDown | Left):
             name = event.record.name
-            if self.streams.get(name) is not None:
+            life = (name, event.record.boot)
+            if name in self.streams and self.streams[name].peer == life:
                 self._stream_gone(self.streams[name], name)
                 self.world.network.close(self.streams.pop(name), bye=True)
             for end in self.extra:
-                if end.peer is not None and end.peer[0] == name:
+                if end.peer == life:
                     self.world.network.close(end, bye=True)
         elif isinstance(event, NameConflict):
             self.conflict = event
