@@ -156,9 +156,9 @@ class PlainConnection:
         except BlockingIOError:
             sent = 0
         except OSError:
-            # The other side is gone: epoll tells the same, and whoever waits is woken by that.
+            # The other side is gone. epoll reports that as an event of its own, which tells whoever has to know; marking
+            # the slot here would make that event look like old news.
             self._unsent = b""
-            self.slot.is_lost = self.slot.is_hung_up = self.slot.is_readable = True
             return
         if sent == len(data):
             self._unsent = b""
