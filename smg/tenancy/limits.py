@@ -1,0 +1,415 @@
+"""Requests and tokens per minute of each tenant: what is reserved before a request is routed, and settled after it.
+
+Owns the buckets of all tenants and the exactness of their balances (contract ADM-4, ADM-5, ADM-8). A tenant has a bucket of
+requests and one of tokens as far as its plan limits them, and one more of each for the rule that matches the model. Of these
+a request gets all or none:
+
+    reservation = limits.reserve(tenant, model, tokens, now)    raises TenantLimited, and nothing was taken
+    ...
+    reservation.settle(used_tokens, now)      an answer came: what was too much comes back, what was too little is owed
+    reservation.refund(now)                   nothing was answered: all comes back; either, exactly once
+
+It never waits, never refuses by HTTP (the gateway words the 429) and never knows where a tenant's name comes from.
+
+The cluster's side (`tenancy/shares`, `bridge/limits`): `TenantLimits.buckets` are all there are now, `Bucket.key` is the same
+on every node, `Bucket.read_demand` tells what was asked here since it was last read, and `Bucket.set_share` makes the bucket
+the given part of the whole limit. Buckets that are made later begin with `TenantLimits.first_share`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+
+from smg.errors import SmgError
+from smg.tenancy.plans import Plan, Plans, Rule
+
+REQUESTS = "requests"
+TOKENS = "tokens"
+TOO_LARGE = "too_large"
+"""Why a request is refused: one of the first two is used up, or it asks for more tokens than a full bucket has."""
+
+TENANTS_MAX = 65_536
+"""Tenants without a plan of their own that are remembered one by one: at 1 KiB each, 64 MiB. Addresses are made by clients, and
+only a flood from more of them than this within a minute meets the bound."""
+
+EVICTIONS_TRIED = 8
+"""Remembered tenants that are looked at to make room for a new one: each look moves on, so all are seen in turn."""
+
+MODELS_REMEMBERED = 64
+"""Models per tenant for which the matching buckets are remembered; names of models may be made by clients."""
+
+OVERFLOW_TENANT = "ip:other"
+"""Who pays for new tenants while nobody can be forgotten: all of them together, with one default policy."""
+
+RETRY_AFTER_MAX_S = 3600.0
+"""A longer wait than this is not told: by then the plan may be another one."""
+
+SECONDS_PER_MINUTE = 60.0
+
+SLACK = 1e-6
+"""What may be missing from a bucket: refilling is float arithmetic, and a client that comes back exactly when it was told to
+must not be sent away for the last bit."""
+
+
+class TenantLimited(SmgError):
+    """A tenant has used up what its plan allows; nothing was taken.
+
+    `reason` is `requests`, `tokens` or `too_large`; for the last one `asked` tokens never fit into `per_minute`.
+    `retry_after_s` is when it is worth trying again.
+    """
+
+    def __init__(self, reason: str, retry_after_s: float, per_minute: float, asked: float) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.retry_after_s = retry_after_s
+        self.per_minute = per_minute
+        self.asked = asked
+
+
+class Bucket:
+    """One limit of one tenant: `per_minute` at most at once, refilled continuously with `per_minute` a minute; full at first.
+
+    For whoever divides limits between nodes:
+
+    * `key` is the same on every node and after every restart: tenant, rule ("" for the tenant as a whole) and kind
+      (`requests` or `tokens`), joined by zero bytes.
+    * `per_minute` is the nominal limit, of the cluster as a whole; `share` the part of it that this node may give out,
+      1.0 at first. `burst` and `rate_per_s` are what follows for this node.
+    * `read_demand()` is the amount asked for since it was last read, admitted or not.
+    * `set_share(now, fraction)` changes both burst and rate. The balance is never scaled: what is above the new burst is lost
+      and nothing is won, so that shares that wander between nodes can never add up to more than the limit; a debt stays.
+
+    A balance may be negative: an answer that was longer than its estimate is owed. So may it be after a request that asked
+    for more than the burst of this node, though not more than the limit of the cluster: it is let in when the bucket is full,
+    and the rest is owed too. Over any time the admitted amount is at most rate x time + burst + what is owed.
+    """
+
+    __slots__ = ("_asked", "_at_s", "_balance", "burst", "key", "kind", "per_minute", "rate_per_s", "share")
+
+    def __init__(
+        self, key: bytes, kind: str, per_minute: float, share: float, now: float, balance: float = math.inf
+    ) -> None:
+        self.key = key
+        self.kind = kind
+        self._asked = 0.0
+        self._at_s = now
+        self._balance = balance
+        self.per_minute = per_minute
+        self._spread(share)
+
+    def balance(self, now: float) -> float:
+        """What there is now, negative for a debt; also brings the bucket up to date."""
+        elapsed_s = now - self._at_s
+        if elapsed_s > 0.0:
+            self._at_s = now
+            self._balance = min(self._balance + elapsed_s * self.rate_per_s, self.burst)
+        return self._balance
+
+    def has(self, amount: float, now: float) -> bool:
+        """Whether `amount` could be taken: it is there, or the bucket is full and it is more than a full one."""
+        self._asked += amount
+        return self.balance(now) + SLACK >= min(amount, self.burst)
+
+    def take(self, amount: float) -> None:
+        """Takes what `has` has answered for, at the same moment."""
+        self._balance -= amount
+
+    def give_back(self, amount: float, now: float) -> None:
+        """Returns a part of what was taken; a negative amount takes more. Never above the burst."""
+        self._balance = min(self.balance(now) + amount, self.burst)
+
+    def wait_s(self, amount: float, now: float) -> float:
+        """Seconds until `amount` could be taken if nobody else takes any; infinity while the share is nothing."""
+        missing = min(amount, self.burst) - self.balance(now)
+        if missing <= SLACK:
+            return 0.0
+        return missing / self.rate_per_s if self.rate_per_s > 0.0 else math.inf
+
+    def is_full(self, now: float) -> bool:
+        """Whether forgetting the bucket and making it anew would change nothing."""
+        return self.balance(now) + SLACK >= self.burst
+
+    def read_demand(self) -> float:
+        """The amount asked for since the last reading, admitted or not; begins anew."""
+        asked, self._asked = self._asked, 0.0
+        return asked
+
+    def set_share(self, now: float, fraction: float) -> None:
+        """From now on this node gives out `fraction` (0 to 1) of the limit; see the class."""
+        assert 0.0 <= fraction <= 1.0, "a share is a part of the whole"
+        self.balance(now)
+        self._spread(fraction)
+
+    def set_limit(self, now: float, per_minute: float) -> None:
+        """The plan has changed; balance and debt stay, as far as they fit."""
+        self.balance(now)
+        self.per_minute = per_minute
+        self._spread(self.share)
+
+    def _spread(self, share: float) -> None:
+        self.share = share
+        self.burst = self.per_minute * share
+        self.rate_per_s = self.burst / SECONDS_PER_MINUTE
+        self._balance = min(self._balance, self.burst)
+
+
+class Allowance:
+    """What a tenant may use now, for the headers of ADM-8: the tightest bucket of a kind.
+
+    `limit` is the nominal one per minute, `remaining` what this node would let through now, `reset_s` until it is full again.
+    """
+
+    __slots__ = ("limit", "remaining", "reset_s")
+
+    def __init__(self, bucket: Bucket, now: float) -> None:
+        balance = bucket.balance(now)
+        self.limit = round(bucket.per_minute)
+        self.remaining = max(0, math.floor(balance + SLACK))
+        missing = bucket.burst - balance
+        self.reset_s = (
+            min(missing / bucket.rate_per_s, RETRY_AFTER_MAX_S)
+            if bucket.rate_per_s > 0.0
+            else RETRY_AFTER_MAX_S
+        )
+
+
+class Reservation:
+    """What a request holds until it is settled or refunded, exactly once. `tokens` is the estimate."""
+
+    __slots__ = ("_account", "_buckets", "tokens")
+
+    def __init__(self, account: Account, buckets: tuple[Bucket, ...], tokens: float) -> None:
+        self._account: Account | None = account
+        self._buckets = buckets
+        self.tokens = tokens
+
+    def settle(self, used_tokens: float, now: float) -> None:
+        """The request has used so many tokens; the request itself stays counted."""
+        self._end()
+        rest = self.tokens - used_tokens
+        if rest:
+            for bucket in self._buckets:
+                if bucket.kind is TOKENS:
+                    bucket.give_back(rest, now)
+
+    def refund(self, now: float) -> None:
+        """Nothing was answered: everything comes back."""
+        self._end()
+        for bucket in self._buckets:
+            bucket.give_back(self.tokens if bucket.kind is TOKENS else 1.0, now)
+
+    def _end(self) -> None:
+        account = self._account
+        assert account is not None, "a reservation was ended twice"
+        self._account = None
+        account.open_count -= 1
+
+
+class Account:
+    """The buckets of one tenant, by rule and kind; made as they are needed, so that unused rules cost nothing.
+
+    `open_count` is the number of reservations that are not ended.
+    """
+
+    __slots__ = ("_buckets", "_for_model", "name", "open_count", "plan")
+
+    def __init__(self, name: str, plan: Plan) -> None:
+        self.name = name
+        self.plan = plan
+        self.open_count = 0
+        self._buckets: dict[tuple[str, str], Bucket] = {}
+        self._for_model: dict[str, tuple[Bucket, ...]] = {}
+
+    def buckets(self) -> Iterable[Bucket]:
+        """All that were needed so far."""
+        return self._buckets.values()
+
+    def for_model(self, model: str, share: float, now: float) -> tuple[Bucket, ...]:
+        """The buckets that a request for a model must pass; empty when nothing limits it."""
+        found = self._for_model.get(model)
+        if found is None:
+            found = self._find(model, share, now)
+            if len(self._for_model) >= MODELS_REMEMBERED:
+                self._for_model.clear()
+            self._for_model[model] = found
+        return found
+
+    def is_idle(self, now: float) -> bool:
+        """Whether forgetting the account would change nothing."""
+        return not self.open_count and all(bucket.is_full(now) for bucket in self._buckets.values())
+
+    def adopt(self, plan: Plan, now: float) -> None:
+        """Takes another plan. Buckets that are still limits keep their balances; the others are forgotten."""
+        self.plan = plan
+        self._for_model.clear()
+        limits: dict[tuple[str, str], int] = {}
+        for kind, per_minute in _kinds(plan):
+            limits["", kind] = per_minute
+        for rule in plan.model_rules:
+            for kind, per_minute in _kinds(rule):
+                limits[rule.rule_id, kind] = per_minute
+        for key in list(self._buckets):
+            if key not in limits:
+                del self._buckets[key]
+            elif self._buckets[key].per_minute != limits[key]:
+                self._buckets[key].set_limit(now, limits[key])
+
+    def _find(self, model: str, share: float, now: float) -> tuple[Bucket, ...]:
+        rule = self.plan.rule_for(model)
+        found = [self._bucket("", kind, per_minute, share, now) for kind, per_minute in _kinds(self.plan)]
+        if rule is not None:
+            found += [
+                self._bucket(rule.rule_id, kind, per_minute, share, now) for kind, per_minute in _kinds(rule)
+            ]
+        return tuple(found)
+
+    def _bucket(self, rule_id: str, kind: str, per_minute: int, share: float, now: float) -> Bucket:
+        bucket = self._buckets.get((rule_id, kind))
+        if bucket is None:
+            key = b"\0".join((self.name.encode(), rule_id.encode(), kind.encode()))
+            bucket = self._buckets[rule_id, kind] = Bucket(key, kind, per_minute, share, now)
+        return bucket
+
+
+class TenantLimits:
+    """The limits of all tenants of one node.
+
+    `first_share` is the part of its limit that a bucket begins with; a node of a cluster sets it to what it may give out of
+    a limit that nobody has divided yet. `tenants_max` bounds how many tenants without a plan of their own are remembered.
+    """
+
+    def __init__(self, plans: Plans, *, tenants_max: int = TENANTS_MAX) -> None:
+        self.first_share = 1.0
+        self._tenants_max = tenants_max
+        self._plans = plans
+        self._named = {tenant.tenant_key: Account(tenant.tenant_key, tenant.plan) for tenant in plans.tenants}
+        # In the order in which they came, or were last looked at and found busy: the first one is the next to go.
+        self._others: dict[str, Account] = {}
+        self._overflow: Account | None = None
+
+    @property
+    def plans(self) -> Plans:
+        """What holds now."""
+        return self._plans
+
+    @property
+    def tenant_count(self) -> int:
+        """Tenants that are remembered, with and without a plan of their own."""
+        return len(self._named) + len(self._others)
+
+    def buckets(self) -> Iterator[Bucket]:
+        """Every bucket there is now. Do not keep them over a wait: tenants are forgotten when they are idle."""
+        for accounts in (self._named, self._others):
+            for account in accounts.values():
+                yield from account.buckets()
+        if self._overflow is not None:
+            yield from self._overflow.buckets()
+
+    def reserve(self, tenant: str, model: str, tokens: float, now: float) -> Reservation | None:
+        """Takes one request and `tokens` out of all buckets of a tenant for a model; None when nothing limits it.
+
+        Raises TenantLimited, and nothing was taken.
+        """
+        account = self._named.get(tenant) or self._others.get(tenant) or self._new(tenant, now)
+        if account is None:
+            return None
+        buckets = account.for_model(model, self.first_share, now)
+        if not buckets:
+            return None
+        fits = True
+        for bucket in buckets:
+            if bucket.kind is REQUESTS:
+                fits &= bucket.has(1.0, now)
+            else:
+                fits &= tokens <= bucket.per_minute and bucket.has(tokens, now)
+        if not fits:
+            raise _refusal(buckets, tokens, now)
+        for bucket in buckets:
+            bucket.take(1.0 if bucket.kind is REQUESTS else tokens)
+        account.open_count += 1
+        return Reservation(account, buckets, tokens)
+
+    def limits_tokens(self, tenant: str, model: str, now: float) -> bool:
+        """Whether a bucket of tokens is asked for this tenant and model: only then an estimate is worth making."""
+        account = self._named.get(tenant) or self._others.get(tenant) or self._new(tenant, now)
+        if account is None:
+            return False
+        return any(bucket.kind is TOKENS for bucket in account.for_model(model, self.first_share, now))
+
+    def allowances(self, tenant: str, model: str, now: float) -> dict[str, Allowance]:
+        """What is left to a tenant, by kind (ADM-8); empty when nothing limits it."""
+        account = self._named.get(tenant) or self._others.get(tenant) or self._new(tenant, now)
+        found: dict[str, Allowance] = {}
+        if account is not None:
+            for bucket in account.for_model(model, self.first_share, now):
+                allowance = Allowance(bucket, now)
+                known = found.get(bucket.kind)
+                if known is None or allowance.remaining < known.remaining:
+                    found[bucket.kind] = allowance
+        return found
+
+    def renew(self, plans: Plans, now: float) -> None:
+        """Takes the plans of a reload; what still is a limit keeps its balance, its debt and its share."""
+        self._plans = plans
+        accounts = {**self._others, **self._named}
+        self._named, self._others = {}, {}
+        for tenant in plans.tenants:
+            account = accounts.pop(tenant.tenant_key, None)
+            if account is None:
+                account = Account(tenant.tenant_key, tenant.plan)
+            else:
+                account.adopt(tenant.plan, now)
+            self._named[tenant.tenant_key] = account
+        default = plans.default_policy
+        if default is None:
+            self._overflow = None
+            return
+        for name, account in accounts.items():
+            account.adopt(default, now)
+            self._others[name] = account
+        if self._overflow is not None:
+            self._overflow.adopt(default, now)
+
+    def _new(self, tenant: str, now: float) -> Account | None:
+        """The account of a tenant that is not remembered; None without a default policy."""
+        plan = self._plans.default_policy
+        if plan is None:
+            return None
+        if len(self._others) >= self._tenants_max and not self._forget_one(now):
+            if self._overflow is None:
+                self._overflow = Account(OVERFLOW_TENANT, plan)
+            return self._overflow
+        account = self._others[tenant] = Account(tenant, plan)
+        return account
+
+    def _forget_one(self, now: float) -> bool:
+        """Makes room. Only who has all its buckets full is forgotten: else coming back would be a new full bucket."""
+        for _ in range(min(EVICTIONS_TRIED, len(self._others))):
+            name = next(iter(self._others))
+            account = self._others.pop(name)
+            if account.is_idle(now):
+                return True
+            self._others[name] = account
+        return False
+
+
+def _kinds(limits: Plan | Rule) -> Iterator[tuple[str, int]]:
+    if limits.requests_per_minute is not None:
+        yield REQUESTS, limits.requests_per_minute
+    if limits.tokens_per_minute is not None:
+        yield TOKENS, limits.tokens_per_minute
+
+
+def _refusal(buckets: tuple[Bucket, ...], tokens: float, now: float) -> TenantLimited:
+    """The reason that keeps the request out for longest."""
+    found: TenantLimited | None = None
+    for bucket in buckets:
+        asked = 1.0 if bucket.kind is REQUESTS else tokens
+        if asked > bucket.per_minute:
+            return TenantLimited(TOO_LARGE, SECONDS_PER_MINUTE, bucket.per_minute, tokens)
+        wait_s = min(bucket.wait_s(asked, now), RETRY_AFTER_MAX_S)
+        if found is None or wait_s > found.retry_after_s:
+            found = TenantLimited(bucket.kind, wait_s, bucket.per_minute, tokens)
+    assert found is not None, "somebody refused"
+    return found
