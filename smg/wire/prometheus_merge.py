@@ -10,11 +10,13 @@ import re
 
 _LABEL_NAME = rb"[a-zA-Z_][a-zA-Z0-9_]*"
 _LABEL = _LABEL_NAME + rb' *= *"(?:[^"\\\n]++|\\.)*+"'
-_SAMPLE = re.compile(
+SAMPLE = re.compile(
     rb"([a-zA-Z_:][a-zA-Z0-9_:]*) *(?:\{ *((?:" + _LABEL + rb" *,? *)*)\})? +"
     rb"([+-]?(?:[0-9][0-9.eE+-]*|\.[0-9][0-9.eE+-]*|[iI]nf|NaN|nan|Infinity))(?: +-?[0-9.]+)?(?: # .*)?\Z"
 )
-_COMMENT = re.compile(rb"# (HELP|TYPE|UNIT) ([a-zA-Z_:][a-zA-Z0-9_:]*)(?: .*)?\Z")
+"""A sample: name, labels without braces or None, value."""
+COMMENT = re.compile(rb"# (HELP|TYPE|UNIT) ([a-zA-Z_:][a-zA-Z0-9_:]*)(?: .*)?\Z")
+"""A comment that means something: its kind and the family."""
 _SUFFIXES = (b"_bucket", b"_sum", b"_count", b"_total", b"_created", b"_info", b"_gsum", b"_gcount")
 
 
@@ -42,16 +44,16 @@ class Merger:
             if not line:
                 continue
             if line.startswith(b"#"):
-                comment = _COMMENT.match(line)
+                comment = COMMENT.match(line)
                 if comment is not None:
                     family = comment[2]
                     found.append((family, comment[1], line))
                 continue
-            sample = _SAMPLE.match(line)
+            sample = SAMPLE.match(line)
             if sample is None:
                 return False
             name, labels = sample[1], sample[2]
-            if not _belongs(name, family):
+            if not belongs(name, family):
                 family = name
             kept = self._own.sub(b"", labels).rstrip(b" ,") if labels else b""
             inside = label + b"," + kept if kept else label
@@ -83,7 +85,8 @@ def gauge(name: str, text: str, label: str, values: dict[str, int]) -> bytes:
     return ("\n".join(lines) + "\n").encode()
 
 
-def _belongs(name: bytes, family: bytes) -> bool:
+def belongs(name: bytes, family: bytes) -> bool:
+    """Whether a sample of this name is of the family that was described last."""
     return bool(family) and (name == family or (name.startswith(family) and name[len(family) :] in _SUFFIXES))
 
 
