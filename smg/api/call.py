@@ -9,7 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 from smg.api.endpoints import Endpoint
-from smg.api.prompt import output_tokens_max, prompt_text, token_ids
+from smg.api.prompt import (
+    output_tokens_asked,
+    output_tokens_max,
+    prompt_text,
+    prompt_tokens_estimate,
+    token_ids,
+)
 
 
 class Call:
@@ -18,6 +24,7 @@ class Call:
     `model` is the canonical name (aliases resolved, MOD-4), empty when the client gave none and none is needed.
     `body` are the client's bytes; `document` the decoded JSON object ({} for multipart bodies).
     `routing_key` is the sticky key of RT-5 or None; `target` the value of `X-SMG-Target-Worker` (RT-4) or None.
+    `told` is what the last attempt found out about its answer (`gateway/relay.Told`), None before any has ended.
     """
 
     __slots__ = (
@@ -30,6 +37,7 @@ class Call:
         "request_id",
         "routing_key",
         "target",
+        "told",
     )
 
     def __init__(
@@ -51,6 +59,7 @@ class Call:
         self.routing_key = routing_key
         self.target = target
         self.request_id = request_id
+        self.told: Any = None
         self._text: str | None = None
 
     def text(self) -> str:
@@ -67,3 +76,11 @@ class Call:
     def output_tokens_max(self) -> int | None:
         """The bound on generated tokens that the client gave, or None."""
         return output_tokens_max(self.document)
+
+    def prompt_tokens_estimate(self) -> int:
+        """How many tokens the prompt is, roughly (ADM-4)."""
+        return prompt_tokens_estimate(self.endpoint, self.document, self.text())
+
+    def output_tokens_asked(self) -> int:
+        """The most tokens that may be generated, over all choices; 0 when the client did not say."""
+        return output_tokens_asked(self.endpoint, self.document)

@@ -1,4 +1,4 @@
-"""The text of a prompt that routing looks at (RT-7), out of a decoded body.
+"""The text of a prompt that routing looks at (RT-7), and how large a request is in tokens, out of a decoded body.
 
 Pure functions over decoded JSON. Bodies were checked only as far as MOD-6 goes, so anything may hide in them: what
 is not text is passed over, never an error. Text never leaves the node from here; the index keeps hashes.
@@ -9,6 +9,18 @@ from __future__ import annotations
 from typing import Any
 
 from smg.api.endpoints import Endpoint
+
+CHARS_PER_TOKEN = 4
+"""Of English text under the usual vocabularies; what estimates of the size of a request go by (ADM-4)."""
+
+_IDS_MEMBER = {"generate": "input_ids", "completions": "prompt", "embeddings": "input"}
+_OUTPUT_MEMBERS = {
+    "chat": "max_tokens",
+    "completions": "max_tokens",
+    "messages": "max_tokens",
+    "responses": "max_output_tokens",
+    "generate": "max_new_tokens",
+}
 
 
 def prompt_text(endpoint: Endpoint, document: dict[str, Any]) -> str:
@@ -79,6 +91,56 @@ def output_tokens_max(document: dict[str, Any]) -> int | None:
         if type(value) is int and value >= 0:
             return value
     return None
+
+
+def prompt_tokens_estimate(endpoint: Endpoint, document: dict[str, Any], text: str) -> int:
+    """How many tokens a prompt is, roughly: its characters / 4, or as many as ids were sent (ADM-4).
+
+    `text` is its routing text. A reranker reads the query with each document. 0 for what no model reads (count_tokens) and for
+    what has no text (audio).
+    """
+    name = endpoint.name
+    if name == "count_tokens":
+        return 0
+    if endpoint.takes_token_ids:
+        given = document.get(_IDS_MEMBER[name])
+        if isinstance(given, list) and given:
+            if type(given[0]) is int:
+                return len(given)
+            if isinstance(given[0], list):
+                return sum(len(ids) for ids in given if isinstance(ids, list))
+    chars = len(text)
+    if name == "rerank":
+        documents = document.get("documents")
+        if isinstance(documents, list):
+            pieces: list[str] = []
+            _add_content(documents, pieces)
+            chars = chars * len(documents) + sum(map(len, pieces))
+    return -(-chars // CHARS_PER_TOKEN)
+
+
+def output_tokens_asked(endpoint: Endpoint, document: dict[str, Any]) -> int:
+    """The most tokens that may be generated as the endpoint's own members say, over all choices; 0 when they say nothing."""
+    member = _OUTPUT_MEMBERS.get(endpoint.name)
+    if member is None:
+        return 0
+    words: Any = document
+    if endpoint.name == "generate":
+        words = document.get("sampling_params")
+        if not isinstance(words, dict):
+            return 0
+    most = _count(words.get(member))
+    if endpoint.name == "chat":
+        most = _count(words.get("max_completion_tokens")) or most
+    if not most:
+        return 0
+    prompts = document.get("text" if endpoint.name == "generate" else "prompt")
+    is_batch = isinstance(prompts, list) and bool(prompts) and type(prompts[0]) is not int
+    return most * max(_count(words.get("n")), 1) * (len(prompts) if is_batch and prompts else 1)
+
+
+def _count(value: object) -> int:
+    return value if type(value) is int and value > 0 else 0
 
 
 def _add_messages(messages: object, pieces: list[str]) -> None:

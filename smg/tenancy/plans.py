@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Annotated, TypeAlias
 
 import msgspec
 
 PER_MINUTE_MAX = 1_000_000_000_000
 """A larger limit is none, and far below where float arithmetic on balances loses whole tokens."""
+
+PerMinute: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=PER_MINUTE_MAX)]
+"""A limit; nothing at all is not one, since a tenant is shut out by taking its key away."""
 
 EXACT = "exact"
 PREFIX = "prefix"
@@ -47,14 +51,13 @@ class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
     rule_id: str
     matcher: Matcher
-    tokens_per_minute: int | None = None
-    requests_per_minute: int | None = None
+    tokens_per_minute: PerMinute | None = None
+    requests_per_minute: PerMinute | None = None
 
     def __post_init__(self) -> None:
         """Raises ValueError with the reason when it cannot mean anything."""
         if not _RULE_ID.fullmatch(self.rule_id):
             raise ValueError("a rule_id may have letters, digits and . _ - only, at most 128")
-        _check_numbers(self.tokens_per_minute, self.requests_per_minute)
         if self.tokens_per_minute is None and self.requests_per_minute is None:
             raise ValueError(
                 f"rule {self.rule_id} limits nothing; give tokens_per_minute or requests_per_minute"
@@ -64,13 +67,12 @@ class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The limits of one tenant. What is not given is not limited."""
 
-    tokens_per_minute: int | None = None
-    requests_per_minute: int | None = None
+    tokens_per_minute: PerMinute | None = None
+    requests_per_minute: PerMinute | None = None
     model_rules: tuple[Rule, ...] = ()
 
     def __post_init__(self) -> None:
         """Raises ValueError with the reason when it cannot mean anything."""
-        _check_numbers(self.tokens_per_minute, self.requests_per_minute)
         _check_rules(self.model_rules)
 
     def rule_for(self, model: str) -> Rule | None:
@@ -82,8 +84,8 @@ class TenantPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     """The plan of a tenant that is named: `auth:<tenant>`, `auth:shared`, `header:<value>` or `ip:<address>` (ADM-5)."""
 
     tenant_key: str
-    tokens_per_minute: int | None = None
-    requests_per_minute: int | None = None
+    tokens_per_minute: PerMinute | None = None
+    requests_per_minute: PerMinute | None = None
     model_rules: tuple[Rule, ...] = ()
 
     def __post_init__(self) -> None:
@@ -92,7 +94,6 @@ class TenantPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
             raise ValueError(
                 "a tenant_key begins with auth:, header: or ip: and has no spaces, such as auth:red"
             )
-        _check_numbers(self.tokens_per_minute, self.requests_per_minute)
         _check_rules(self.model_rules)
 
     @property
@@ -140,12 +141,6 @@ def rule_for(rules: tuple[Rule, ...], model: str) -> Rule | None:
         if found is None or len(rule.matcher.value) > len(found.matcher.value):
             found = rule
     return found
-
-
-def _check_numbers(*numbers: int | None) -> None:
-    for number in numbers:
-        if number is not None and not 1 <= number <= PER_MINUTE_MAX:
-            raise ValueError(f"a limit per minute is between 1 and {PER_MINUTE_MAX}, not {number}")
 
 
 def _check_rules(rules: tuple[Rule, ...]) -> None:

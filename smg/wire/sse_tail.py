@@ -21,6 +21,11 @@ _RESPONSE_END = re.compile(
 )
 _SEQUENCE = re.compile(rb"\"sequence_number\": ?(\d{1,15})[,}\r\n ]")
 
+_TEXTS = re.compile(
+    rb"\"(?:content|text|delta|reasoning_content|reasoning|thinking|partial_json|arguments)\": ?\"((?:[^\"\\]|\\.)*)\""
+)
+_BYTES_PER_TOKEN = 4
+
 # A watched word may be cut by two chunks: this many bytes of the last chunk are looked at again.
 _CARRY_BYTES = 64
 
@@ -48,6 +53,20 @@ def has_end_marker(dialect: str, tail: bytes) -> bool:
     if dialect == "responses":
         return _RESPONSE_END.search(tail) is not None
     return b"[DONE]" in tail and _DONE.search(tail) is not None
+
+
+def tokens_streamed(tail: bytes, body_bytes: int) -> int:
+    """How many tokens a stream of `body_bytes` brought, roughly, by the look of its last bytes (ADM-4).
+
+    Engines send an event for each token, or for several at once: the larger one counts of the events and a fourth of the text
+    in `tail`, and the rest of the stream is taken to be like it.
+    """
+    if not tail:
+        return 0
+    events = tail.count(b"data:") - tail.count(b"[DONE]")
+    text_bytes = sum(map(len, _TEXTS.findall(tail)))
+    share = max(body_bytes / len(tail), 1.0)
+    return round(max(events, text_bytes / _BYTES_PER_TOKEN, 0) * share)
 
 
 class ResponsesWatch:
