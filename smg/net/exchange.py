@@ -44,7 +44,8 @@ class Exchange:
     the client's input counts as a departure at once. `extra_lines` are header lines that every answer of this request
     gets, each ended by CRLF; `trace_lines` those that the worker gets instead of the client's trace headers (TRC-1).
     `span` is the request's span while one is measured, `status` that of the last answer head that was made.
-    `keep_alive` may be switched off by whoever answers.
+    `keep_alive` may be switched off by whoever answers. `is_draining` makes heads from now on say that the connection
+    ends with their answer; one that is out already has promised to go on, and so the connection goes on.
     """
 
     __slots__ = (
@@ -233,6 +234,8 @@ class Exchange:
 
     def connection_line(self) -> bytes:
         """The end of a head: CRLF, the `connection` line where one is needed, the empty line."""
+        if self.is_draining:
+            self.keep_alive = False
         if not self.keep_alive:
             return b"\r\nconnection: close\r\n\r\n"
         if self.head.is_http10:

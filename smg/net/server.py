@@ -18,13 +18,20 @@ import trio
 from smg.errors import ClientGone, GatewayError, ShuttingDown
 from smg.net.connection import Connection, ConnectionLost, DeadlinePassed, PlainConnection, TlsConnection
 from smg.net.exchange import NO_HEAD, Exchange, ServerLimits
+from smg.net.listen import ignore_newcomers
 from smg.net.readiness import Readiness
 from smg.wire.http1 import LENGTH_CHUNKED, RequestHead, RequestReader
 
 ACCEPTS_PER_WAKE = (
     4  # few: those accepted are served before more come in, so that a burst does not wait for its last
 )
+OUT_OF_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 OUT_OF_FILES_PAUSE_S = 0.1
+LAST_WORD_S = 1.0
+"""How long a server that has closed its port keeps a connection on which a request may be on its way: a new one, and one
+whose last answer did not say that it would be closed (a stream that began before the drain)."""
+NEIGHBOUR_PATIENCE_S = 0.02
+"""A process whose loop turns has accepted long before; and each look at a neighbour's port costs a wake-up, so they are rare."""
 
 Handler = Callable[[Exchange], Awaitable[None]]
 Refuse = Callable[[Exchange, GatewayError], Awaitable[None]]
@@ -57,6 +64,8 @@ class Server:
         self._tls = tls
         self._exchanges: dict[Exchange, None] = {}
         self._is_draining = False
+        self._has_closed_port = False
+        self._listeners: Sequence[socket.socket] = ()
         self._accepting = trio.CancelScope()
         self._date_line = b""
         self._all_gone = trio.Event()
@@ -76,19 +85,26 @@ class Server:
     async def serve(
         self,
         listeners: Sequence[socket.socket],
+        neighbours: Sequence[socket.socket] = (),
         *,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
-        """Serves until `stop_listening` and the last connection is gone, or until cancelled. Closes the listeners."""
+        """Serves until `stop_listening` and the last connection is gone, or until cancelled. Closes the listeners.
+
+        `neighbours` are listeners of other processes on the same port: what they leave waiting for
+        `NEIGHBOUR_PATIENCE_S`, since they are dead or hang, is served here.
+        """
         async with trio.open_nursery() as connections:
             try:
                 with self._accepting:
                     async with trio.open_nursery() as accepts:
                         for listener in listeners:
                             accepts.start_soon(self._accept, listener, connections)
+                        for listener in neighbours:
+                            accepts.start_soon(self._accept, listener, connections, NEIGHBOUR_PATIENCE_S)
                         task_status.started()
             finally:
-                for listener in listeners:
+                for listener in (*listeners, *neighbours):
                     listener.close()
 
     def use_tls(self, context: ssl.SSLContext) -> None:
@@ -105,15 +121,32 @@ class Server:
         """From now on answers carry `Connection: close` (LIFE-6); listeners stay open."""
         self._is_draining = True
         for exchange in self._exchanges:
-            exchange.keep_alive = False
+            exchange.is_draining = True
+
+    def turn_newcomers_away(self) -> None:
+        """Lets no handshake begin any more; for a moment before `stop_listening`, so that none is half done then."""
+        for listener in self._listeners:
+            ignore_newcomers(listener)
 
     def stop_listening(self) -> None:
-        """Closes the listeners and the connections that serve nothing; running requests go on (LIFE-5)."""
-        self._is_draining = True
+        """Closes the listeners and the connections that serve nothing; running requests go on (LIFE-5).
+
+        A connection on which a request may be on its way is kept for `LAST_WORD_S` after it was made or fell silent.
+        """
+        self.start_draining()
+        self._has_closed_port = True
         self._accepting.cancel()
+        limits, now = self._limits, self._readiness.now_s
         for exchange in list(self._exchanges):
-            if not exchange.is_busy:
-                exchange.parking.interrupt(ClientGone())
+            if not exchange.is_busy and not exchange.reader.has_input:
+                is_first = exchange.head is NO_HEAD
+                parking = exchange.parking
+                # `_read_head` set the deadline when the wait began, which so can be told from it.
+                began_s = parking.deadline_s - (
+                    limits.header_read_timeout_s if is_first else limits.idle_timeout_s
+                )
+                parking.deadline_s = min(parking.deadline_s, began_s + LAST_WORD_S)
+                parking.sweep(now)
 
     async def wait_closed(self) -> None:
         """Waits until every connection is gone; for use after `stop_listening`."""
@@ -126,13 +159,20 @@ class Server:
         for exchange in list(self._exchanges):
             exchange.parking.interrupt(ShuttingDown())
 
-    async def _accept(self, listener: socket.socket, connections: trio.Nursery) -> None:
+    async def _accept(
+        self, listener: socket.socket, connections: trio.Nursery, patience_s: float = 0.0
+    ) -> None:
+        is_waiting = patience_s > 0
         while True:
             await trio.lowlevel.wait_readable(listener)
+            if is_waiting:
+                await trio.sleep(patience_s)
+                is_waiting = False
             for _ in range(ACCEPTS_PER_WAKE):
                 try:
                     sock, address = listener.accept()
                 except (BlockingIOError, ConnectionAbortedError):
+                    is_waiting = patience_s > 0
                     break
                 except OSError as error:
                     if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
@@ -217,23 +257,24 @@ class Server:
         connection = exchange.connection
         slot = connection.slot
         is_first = exchange.head is NO_HEAD
-        if self._is_draining and not reader.has_input and not is_first:
-            return None
         until_s = readiness.now_s + (limits.header_read_timeout_s if is_first else limits.idle_timeout_s)
         while True:
             if reader.has_input:
                 # The head has begun: its own time runs from the first byte, however slowly it drips (HTTP-7).
                 until_s = min(until_s, readiness.now_s + limits.header_read_timeout_s)
+            elif self._has_closed_port:
+                until_s = min(until_s, readiness.now_s + LAST_WORD_S)
             parking.deadline_s = until_s
-            if not slot.is_readable and not await parking.wait_readable(slot):
+            is_in_time = slot.is_readable or await parking.wait_readable(slot)
+            data = connection.receive_nowait()  # also when it is late: what has come is not thrown away
+            if data is None:
+                if is_in_time:
+                    continue
                 if reader.has_input:
                     raise GatewayError(
                         408, "request_timeout", "the request head did not come in time", is_closing=True
                     )
                 return None
-            data = connection.receive_nowait()
-            if data is None:
-                continue
             if not data:
                 return None
             reader.feed(data)

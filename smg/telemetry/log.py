@@ -43,7 +43,7 @@ REDACTED = "[redacted]"
 
 _NAMES = {DEBUG: "DEBUG", INFO: "INFO", WARN: "WARN", ERROR: "ERROR"}
 _COLOURS = {DEBUG: "\x1b[2m", INFO: "\x1b[32m", WARN: "\x1b[33m", ERROR: "\x1b[31m"}
-_RESERVED = frozenset({"timestamp", "level", "target", "message", "traceback"})
+_RESERVED = frozenset({"timestamp", "level", "target", "message", "process", "traceback"})
 
 # Control characters, line separators of Unicode, marks that reorder text, halves of surrogate pairs.
 _UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -112,6 +112,7 @@ class Log:
         self.threshold = INFO
         self._clock = clock
         self._is_json = False
+        self._process = ""
         self._is_coloured = False
         self._stderr: Output | None = Output(2)
         self._file: DailyFile | None = None
@@ -128,17 +129,19 @@ class Log:
         log_dir: str | None = None,
         is_json: bool = False,
         stderr: int | None = 2,
+        process: str = "",
     ) -> None:
         """Take the settings, and the records of other libraries' loggers.
 
-        `stderr` is a file descriptor, None for no output but the file. Raises SettingsError when `log_dir` cannot
-        be written or the level is unknown.
+        `stderr` is a file descriptor, None for no output but the file. `process` stands in every line when several
+        processes write to one place. Raises SettingsError when `log_dir` cannot be written or the level is unknown.
         """
         if level not in LEVELS:
             raise SettingsError("--log-level", level, f"not one of {', '.join(LEVELS)}")
         self.close()
         self.threshold = LEVELS[level]
         self._is_json = is_json
+        self._process = process
         self._stderr = None if stderr is None else Output(stderr)
         # LOG-1 ties colour to stdout; a redirected stderr gets none either.
         self._is_coloured = (
@@ -177,10 +180,12 @@ class Log:
         now = self._clock()
         stamp = self._stamp(now)
         if self._is_json:
-            line = plain = _json_line(stamp, level, target, message, fields, error)
+            line = plain = _json_line(stamp, level, target, message, fields, error, self._process)
         else:
             name = f"{_NAMES[level]:5}"
             rest = _human_rest(target, message, fields, error)
+            if self._process:
+                rest = f"[{_safe(self._process)}] {rest}"
             line = plain = f"{stamp} {name} {rest}\n"
             if self._is_coloured:
                 line = f"{stamp} {_COLOURS[level]}{name}\x1b[0m {rest}\n"
@@ -278,6 +283,7 @@ def _json_line(
     message: str,
     fields: Mapping[str, object],
     error: BaseException | None,
+    process: str,
 ) -> str:
     line: dict[str, object] = {
         "timestamp": stamp,
@@ -285,6 +291,8 @@ def _json_line(
         "target": target,
         "message": message,
     }
+    if process:
+        line["process"] = process
     for name, value in fields.items():
         line[f"{name}_" if name in _RESERVED else name] = _plain(name, value)
     if error is not None:
@@ -338,10 +346,14 @@ _process = Log()
 
 
 def configure(
-    level: str = "info", log_dir: str | None = None, is_json: bool = False, stderr: int | None = 2
+    level: str = "info",
+    log_dir: str | None = None,
+    is_json: bool = False,
+    stderr: int | None = 2,
+    process: str = "",
 ) -> Log:
     """Configure the log of this process and return it, for `run` and `close`. Raises like `Log.configure`."""
-    _process.configure(level, log_dir, is_json, stderr)
+    _process.configure(level, log_dir, is_json, stderr, process)
     return _process
 
 

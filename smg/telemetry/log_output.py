@@ -53,8 +53,11 @@ class Output:
             while self._pending:
                 if not self._poll.poll(max(0.0, until - time.monotonic()) * 1000 if wait_s else 0):
                     return False
+                piece = bytes(self._pending[: self._bytes_per_write])
+                # Whole lines where they fit: other processes may write to the same pipe in between.
+                piece = piece[: piece.rfind(b"\n") + 1] or piece
                 try:
-                    written = os.write(self._fd, bytes(self._pending[: self._bytes_per_write]))
+                    written = os.write(self._fd, piece)
                 except BlockingIOError:
                     return False
                 except OSError:

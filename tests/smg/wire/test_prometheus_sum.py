@@ -16,13 +16,13 @@ def page(count: int, gauge: float = 0.0, observed: int = 0, worker: str | None =
     lines = [
         "# HELP requests_total Requests.",
         "# TYPE requests_total counter",
-        'requests_total{path="/a"} %d' % count,
+        f'requests_total{{path="/a"}} {count}',
         "# HELP lat_seconds Latency.",
         "# TYPE lat_seconds histogram",
-        'lat_seconds_bucket{le="0.5"} %d' % observed,
-        'lat_seconds_bucket{le="+Inf"} %d' % observed,
-        "lat_seconds_sum %r" % (observed * 0.25),
-        "lat_seconds_count %d" % observed,
+        f'lat_seconds_bucket{{le="0.5"}} {observed}',
+        f'lat_seconds_bucket{{le="+Inf"}} {observed}',
+        f"lat_seconds_sum {observed * 0.25}",
+        f"lat_seconds_count {observed}",
         "# TYPE smg_http_connections_active gauge",
         f"smg_http_connections_active {gauge}",
     ]
