@@ -223,6 +223,7 @@ class Dispatch:
         finally:
             if upstream is not None:
                 self._workers.close(lines, upstream)
+            call.told = told
             status = 0 if upstream is None else upstream.status
             self.end(call, worker, lane, permit, chars, status, told, is_success, started_s)
 

@@ -210,6 +210,7 @@ class PairDispatch:
         finally:
             if upstream is not None:
                 backend.close(lines, upstream)
+            call.told = told
             decoding.end(dispatch, 0 if upstream is None else upstream.status, told, is_success)
 
     def _prefill_ended(self, booked: Booked, prefill: Prefill) -> None:

@@ -20,7 +20,14 @@ from smg.net.connection import DeadlinePassed
 from smg.net.exchange import Exchange
 from smg.net.upstream import Upstream
 from smg.wire.headers import returned
-from smg.wire.sse_tail import TAIL_BYTES, ResponsesWatch, closing, has_end_marker, is_between_events
+from smg.wire.sse_tail import (
+    TAIL_BYTES,
+    ResponsesWatch,
+    closing,
+    has_end_marker,
+    is_between_events,
+    tokens_streamed,
+)
 
 HELD_BYTES_MAX = (
     64 << 10
@@ -28,10 +35,12 @@ HELD_BYTES_MAX = (
 PASSED_ON = -1  # in place of a number of bytes: nothing is held
 LAST_CHUNK = b"0\r\n\r\n"
 BODYLESS = frozenset((204, 304))
+ARRAY = ord("[")
 TAP_PIECES = 64  # last pieces of a stream that the tap refers to; with pieces of >= 64 bytes they hold 4 KiB
 
 _COUNT = re.compile(
-    rb'"(prompt_tokens|completion_tokens|input_tokens|output_tokens|cached_tokens|cache_read_input_tokens)":\s*(\d{1,12})'
+    rb'"(prompt_tokens|completion_tokens|input_tokens|output_tokens|cached_tokens|cache_read_input_tokens'
+    rb'|cache_creation_input_tokens)":\s*(\d{1,12})'
 )
 
 _USAGE_FIELDS = {
@@ -41,33 +50,47 @@ _USAGE_FIELDS = {
     b"output_tokens": "completion_tokens",
     b"cached_tokens": "cached_tokens",
     b"cache_read_input_tokens": "cached_tokens",
+    b"cache_creation_input_tokens": "written_tokens",
 }
 
 
 class Usage(msgspec.Struct):
-    """Token counts that a worker told; None when it told none."""
+    """Token counts that a worker told; None when it told none.
+
+    `written_tokens` are told by Anthropic's API only, which counts neither them nor the cached ones as prompt tokens.
+    """
 
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     cached_tokens: int | None = None
+    written_tokens: int | None = None
 
 
 class Told(msgspec.Struct):
-    """What a relay found out: time to the first body byte, usage, and whether the worker broke off."""
+    """What a relay found out: time to the first body byte, usage, and whether the worker broke off.
+
+    Of a stream that did not come to its end, `partial` is the usage told so far. `streamed_tokens` is an estimate of what a
+    stream brought whose worker told no usage, or not to the end.
+    """
 
     first_byte_s: float | None = None
     usage: Usage | None = None
     failure: UpstreamError | None = None
+    partial: Usage | None = None
+    streamed_tokens: int = 0
 
 
 def usage_of(tail: bytes) -> Usage | None:
-    """Token counts out of the last bytes of an answer (OpenAI, Responses and Anthropic names); None without any.
+    """Token counts out of the last bytes of an answer (OpenAI, Responses, Anthropic and SGLang names); None without any.
 
-    Later numbers win, because a stream repeats usage and its last word is the right one.
+    Later numbers win, because a stream repeats usage and its last word is the right one. In an array the last word is one of
+    many: nothing is taken from it.
     """
     start = tail.find(b'"usage"')
     if start < 0:
-        return None
+        start = tail.find(b'"meta_info"')
+        if start < 0 or tail.startswith(b"["):
+            return None
     counts = _COUNT.findall(tail, start)
     if not counts:
         return None
@@ -91,7 +114,8 @@ def whole_answer(exchange: Exchange, upstream: Upstream, id_line: bytes, told: T
     # The id is not kept with the lines: workers behind one address share its connections.
     head = exchange.head_block(upstream.status, lines + id_line, length)
     if body:
-        told.usage = usage_of(body[-TAIL_BYTES:])
+        if body[0] != ARRAY:
+            told.usage = usage_of(body[-TAIL_BYTES:])
         if length is not None:
             return head + body
     if length is not None or exchange.head.is_http10 or upstream.status in BODYLESS:
@@ -134,6 +158,7 @@ async def _relay_large(
     parking = exchange.parking
     await exchange.write(head)
     tail = b""
+    is_array = body.startswith(b"[")
     try:
         while True:
             if body:
@@ -154,7 +179,7 @@ async def _relay_large(
         return told
     if is_chunked:
         await exchange.write(b"0\r\n\r\n")
-    told.usage = usage_of(tail)
+    told.usage = None if is_array else usage_of(tail)
     return told
 
 
@@ -178,32 +203,45 @@ async def relay_stream(
 
     `first_byte(now)` is called once, when the body begins. A worker that dies gets a failure frame written in its place
     (STR-6, STR-7) and the failure into `told`. Raises `ClientGone`; `ShuttingDown` after the failure frame was offered
-    to the client (LIFE-6).
+    to the client (LIFE-6). However it ends, `told` has what was streamed.
     """
     exchange.start_streaming()
     stream = _Stream(exchange, upstream, dialect, bounds)
+    is_whole = False
     try:
         await stream.pump(
             exchange.head_block(upstream.status, returned(upstream.headers) + id_line, None), told, first_byte
         )
+        is_whole = True
     except UpstreamError as error:
         if await stream.ends_well_after_all():
             await exchange.write(LAST_CHUNK if stream.is_chunked else b"")
+            is_whole = True
         else:
             told.failure = error
             await stream.write_failure()
-            return
     except ShuttingDown:
         exchange.keep_alive = False
         await stream.write_failure()
         raise
-    told.usage = stream.usage()
+    finally:
+        stream.tell(told, is_whole)
 
 
 class _Stream:
     """One stream on its way: what was passed on last, and how pieces are framed for this client."""
 
-    __slots__ = ("bounds", "dialect", "exchange", "first", "is_chunked", "tap", "upstream", "watch")
+    __slots__ = (
+        "bounds",
+        "dialect",
+        "exchange",
+        "first",
+        "head_bytes",
+        "is_chunked",
+        "tap",
+        "upstream",
+        "watch",
+    )
 
     def __init__(self, exchange: Exchange, upstream: Upstream, dialect: str, bounds: StreamBounds) -> None:
         self.exchange = exchange
@@ -213,11 +251,13 @@ class _Stream:
         self.is_chunked = not exchange.head.is_http10
         self.tap: deque[bytes] = deque(maxlen=TAP_PIECES)
         self.first = b""
+        self.head_bytes = 0
         self.watch = ResponsesWatch() if dialect == "responses" else None
 
     async def pump(self, head: bytes, told: Told, first_byte: Callable[[float], None]) -> None:
         """Passes pieces on until the answer's end; `head` goes with the first. Raises `UpstreamError`."""
         exchange, upstream, tap, watch = self.exchange, self.upstream, self.tap, self.watch
+        self.head_bytes = len(head)
         parking, readiness = exchange.parking, exchange.readiness
         slot = upstream.connection.slot
         is_chunked = self.is_chunked
@@ -271,9 +311,18 @@ class _Stream:
         framed = b"%x\r\n%b\r\n%b" % (len(frame), frame, LAST_CHUNK) if self.is_chunked else frame
         await self.exchange.write(framed)
 
-    def usage(self) -> Usage | None:
-        """Token counts of the stream: Anthropic tells the prompt's in the first event and the answer's in the last."""
-        return usage_of(self.first + self._tail() if self.dialect == "anthropic" else self._tail())
+    def tell(self, told: Told, is_whole: bool) -> None:
+        """What the stream brought, into `told`: looked at once, when it is over."""
+        tail = self._tail()
+        # Anthropic tells the prompt's tokens in the first event and the answer's in the last.
+        usage = usage_of(self.first + tail if self.dialect == "anthropic" else tail)
+        if is_whole and usage is not None:
+            told.usage = usage
+            return
+        told.partial = usage
+        is_all = len(tail) < TAIL_BYTES and len(self.tap) < TAP_PIECES
+        body_bytes = len(tail) if is_all else self.exchange.sent_bytes - self.head_bytes
+        told.streamed_tokens = tokens_streamed(tail, body_bytes)
 
     def _tail(self) -> bytes:
         return b"".join(self.tap)[-TAIL_BYTES:]

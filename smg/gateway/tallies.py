@@ -12,6 +12,7 @@ from smg.gateway.relay import Usage
 from smg.policies.pair import Pair
 from smg.policies.policy import Policy, Stateless, Wants
 from smg.telemetry.metrics import OTHER, Counter, Metrics
+from smg.tenancy.usage import Entry
 
 ROUTER_TYPE = "http"
 REGULAR = "regular"
@@ -36,11 +37,13 @@ class Lane:
     counters.
 
     `tells_placed` and `tells_finished` are False for policies that remember nothing: then dispatch need not tell them.
+    `entries` are the lines of the usage book by tenant, for those that have one of their own.
     """
 
     __slots__ = (
         "_selected",
         "_tallies",
+        "entries",
         "model",
         "needs_key",
         "needs_text",
@@ -72,6 +75,7 @@ class Lane:
             "POST", endpoint.path, model, endpoint.name, is_stream, ROUTER_TYPE, backend_type, CONNECTION_MODE
         )
         self._selected: dict[str, Counter] = {}
+        self.entries: dict[str, Entry] = {}
 
     def selected(self, worker: Worker) -> None:
         """A worker was chosen."""
