@@ -84,3 +84,7 @@ class Call:
     def output_tokens_asked(self) -> int:
         """The most tokens that may be generated, over all choices; 0 when the client did not say."""
         return output_tokens_asked(self.endpoint, self.document)
+
+    def tokens_estimate(self) -> int:
+        """What the request may use in all, roughly: what is reserved for it before a worker is chosen (ADM-4)."""
+        return self.prompt_tokens_estimate() + self.output_tokens_asked()

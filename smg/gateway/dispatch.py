@@ -292,7 +292,7 @@ class Dispatch:
         # JSON where a stream was asked for is a refusal, or an engine that does not stream (STR-3).
         passes_on = is_events or (call.is_stream and not content_type.startswith(b"application/json"))
         held_bytes_max = PASSED_ON if passes_on else HELD_BYTES_MAX
-        return await relay_plain(exchange, upstream, lines.id_line, held_bytes_max)
+        return await relay_plain(exchange, upstream, lines.id_line, told, held_bytes_max)
 
     def _settle(
         self,

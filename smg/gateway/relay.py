@@ -21,6 +21,7 @@ from smg.net.exchange import Exchange
 from smg.net.upstream import Upstream
 from smg.wire.headers import returned
 from smg.wire.sse_tail import (
+    BYTES_PER_TOKEN,
     TAIL_BYTES,
     ResponsesWatch,
     closing,
@@ -69,15 +70,15 @@ class Usage(msgspec.Struct):
 class Told(msgspec.Struct):
     """What a relay found out: time to the first body byte, usage, and whether the worker broke off.
 
-    Of a stream that did not come to its end, `partial` is the usage told so far. `streamed_tokens` is an estimate of what a
-    stream brought whose worker told no usage, or not to the end.
+    Of a stream that did not come to its end, `partial` is the usage told so far. `output_tokens` is an estimate of the tokens in
+    an answer whose worker told no usage, or did not come to tell it.
     """
 
     first_byte_s: float | None = None
     usage: Usage | None = None
     failure: UpstreamError | None = None
     partial: Usage | None = None
-    streamed_tokens: int = 0
+    output_tokens: int = 0
 
 
 def usage_of(tail: bytes) -> Usage | None:
@@ -116,6 +117,8 @@ def whole_answer(exchange: Exchange, upstream: Upstream, id_line: bytes, told: T
     if body:
         if body[0] != ARRAY:
             told.usage = usage_of(body[-TAIL_BYTES:])
+        if told.usage is None:
+            told.output_tokens = len(body) // BYTES_PER_TOKEN
         if length is not None:
             return head + body
     if length is not None or exchange.head.is_http10 or upstream.status in BODYLESS:
@@ -124,15 +127,16 @@ def whole_answer(exchange: Exchange, upstream: Upstream, id_line: bytes, told: T
 
 
 async def relay_plain(
-    exchange: Exchange, upstream: Upstream, id_line: bytes, held_bytes_max: int = HELD_BYTES_MAX
+    exchange: Exchange, upstream: Upstream, id_line: bytes, told: Told, held_bytes_max: int = HELD_BYTES_MAX
 ) -> Told:
     """Relays an answer that is no event stream, or one with a length; up to `held_bytes_max` is held until it is whole.
+
+    What it tells goes into `told`, which is given back.
 
     Raises `UpstreamError` broken_stream or timeout while no byte has been sent, for a retry or a 502; later the
     client's connection is cut and the failure is in the result. `ClientGone` passes through.
     """
     parking = exchange.parking
-    told = Told()
     size = sum(map(len, upstream.pieces))
     try:
         while not upstream.is_complete and size <= held_bytes_max:
@@ -174,6 +178,8 @@ async def _relay_large(
         )
     except UpstreamError as error:
         told.failure = error
+    finally:
+        told.output_tokens = exchange.sent_bytes // BYTES_PER_TOKEN
     if told.failure is not None:
         exchange.cut()
         return told
@@ -322,7 +328,7 @@ class _Stream:
         told.partial = usage
         is_all = len(tail) < TAIL_BYTES and len(self.tap) < TAP_PIECES
         body_bytes = len(tail) if is_all else self.exchange.sent_bytes - self.head_bytes
-        told.streamed_tokens = tokens_streamed(tail, body_bytes)
+        told.output_tokens = tokens_streamed(tail, body_bytes)
 
     def _tail(self) -> bytes:
         return b"".join(self.tap)[-TAIL_BYTES:]

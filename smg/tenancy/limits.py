@@ -4,10 +4,10 @@ Owns the buckets of all tenants and the exactness of their balances (contract AD
 requests and one of tokens as far as its plan limits them, and one more of each for the rule that matches the model. Of these
 a request gets all or none:
 
-    reservation = limits.reserve(tenant, model, tokens, now)    raises TenantLimited, and nothing was taken
+    reservation = limits.reserve(tenant, model, estimate, now)    raises TenantLimited, and nothing was taken
     ...
-    reservation.settle(used_tokens, now)      an answer came: what was too much comes back, what was too little is owed
-    reservation.refund(now)                   nothing was answered: all comes back; either, exactly once
+    reservation.settle(used_tokens, now)    an answer came: what was too much comes back, what was too little is owed
+    reservation.refund(now)                 nothing was answered: all comes back; one of the two, exactly once
 
 It never waits, never refuses by HTTP (the gateway words the 429) and never knows where a tenant's name comes from.
 
@@ -19,7 +19,7 @@ the given part of the whole limit. Buckets that are made later begin with `Tenan
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from smg.errors import SmgError
 from smg.tenancy.plans import Plan, Plans, Rule
@@ -306,10 +306,12 @@ class TenantLimits:
         if self._overflow is not None:
             yield from self._overflow.buckets()
 
-    def reserve(self, tenant: str, model: str, tokens: float, now: float) -> Reservation | None:
-        """Takes one request and `tokens` out of all buckets of a tenant for a model; None when nothing limits it.
+    def reserve(
+        self, tenant: str, model: str, estimate: Callable[[], float], now: float
+    ) -> Reservation | None:
+        """Takes one request and the tokens of `estimate` out of all buckets of a tenant for a model; None: nothing limits it.
 
-        Raises TenantLimited, and nothing was taken.
+        The estimate is made only when tokens are limited. Raises TenantLimited, and nothing was taken.
         """
         account = self._named.get(tenant) or self._others.get(tenant) or self._new(tenant, now)
         if account is None:
@@ -318,24 +320,21 @@ class TenantLimits:
         if not buckets:
             return None
         fits = True
+        tokens = -1.0
         for bucket in buckets:
             if bucket.kind is REQUESTS:
                 fits &= bucket.has(1.0, now)
             else:
+                if tokens < 0.0:
+                    tokens = estimate()
                 fits &= tokens <= bucket.per_minute and bucket.has(tokens, now)
+        tokens = max(tokens, 0.0)
         if not fits:
             raise _refusal(buckets, tokens, now)
         for bucket in buckets:
             bucket.take(1.0 if bucket.kind is REQUESTS else tokens)
         account.open_count += 1
         return Reservation(account, buckets, tokens)
-
-    def limits_tokens(self, tenant: str, model: str, now: float) -> bool:
-        """Whether a bucket of tokens is asked for this tenant and model: only then an estimate is worth making."""
-        account = self._named.get(tenant) or self._others.get(tenant) or self._new(tenant, now)
-        if account is None:
-            return False
-        return any(bucket.kind is TOKENS for bucket in account.for_model(model, self.first_share, now))
 
     def allowances(self, tenant: str, model: str, now: float) -> dict[str, Allowance]:
         """What is left to a tenant, by kind (ADM-8); empty when nothing limits it."""

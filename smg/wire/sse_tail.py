@@ -24,7 +24,8 @@ _SEQUENCE = re.compile(rb"\"sequence_number\": ?(\d{1,15})[,}\r\n ]")
 _TEXTS = re.compile(
     rb"\"(?:content|text|delta|reasoning_content|reasoning|thinking|partial_json|arguments)\": ?\"((?:[^\"\\]|\\.)*)\""
 )
-_BYTES_PER_TOKEN = 4
+BYTES_PER_TOKEN = 4
+"""Of text under the usual vocabularies; for estimates (ADM-4)."""
 
 # A watched word may be cut by two chunks: this many bytes of the last chunk are looked at again.
 _CARRY_BYTES = 64
@@ -66,7 +67,7 @@ def tokens_streamed(tail: bytes, body_bytes: int) -> int:
     events = tail.count(b"data:") - tail.count(b"[DONE]")
     text_bytes = sum(map(len, _TEXTS.findall(tail)))
     share = max(body_bytes / len(tail), 1.0)
-    return round(max(events, text_bytes / _BYTES_PER_TOKEN, 0) * share)
+    return round(max(events, text_bytes / BYTES_PER_TOKEN, 0) * share)
 
 
 class ResponsesWatch:
