@@ -82,6 +82,9 @@ def warnings(settings: Settings) -> list[str]:
         ]
     if auth.tenant_header_name != "x-smg-tenant-id" and not auth.trust_tenant_header:
         found.append("--tenant-header-name: has no effect without --trust-tenant-header")
+    limits = settings.limits
+    if limits.tenant_rate_limit_config is not None and not limits.tenant_rate_limit_enabled:
+        found.append("--tenant-rate-limit-config: has no effect without --tenant-rate-limit-enabled")
     for flag, url in (("--jwt-issuer", auth.jwt_issuer), ("--jwt-jwks-uri", auth.jwt_jwks_uri)):
         if url is not None and url.startswith("http://"):
             found.append(f"{flag}: {url}: whoever is on the way can replace the keys; use https")
@@ -105,6 +108,12 @@ def _queue(settings: Settings) -> None:
             "0",
             f"must be greater than 0 while --queue-size is {settings.limits.queue_size}",
         )
+
+
+def _tenant_limits(settings: Settings) -> None:
+    limits = settings.limits
+    if limits.tenant_rate_limit_enabled and limits.tenant_rate_limit_config is None:
+        _refuse("--tenant-rate-limit-enabled", "", "needs --tenant-rate-limit-config")
 
 
 def _buckets(settings: Settings) -> None:
@@ -251,6 +260,7 @@ def _mesh_warnings(settings: Settings) -> list[str]:
 _RULES: tuple[Callable[[Settings], None], ...] = (
     _backoff,
     _queue,
+    _tenant_limits,
     _buckets,
     _ports,
     _aliases,

@@ -456,6 +456,16 @@ class Limits(Group, frozen=True, kw_only=True):
             doc="Requests that may start per second (ADM-3). 0: no limit.",
         ),
     ] = None
+    tenant_rate_limit_enabled: Annotated[
+        bool, Flag(doc="Tenants may use what --tenant-rate-limit-config gives them, and no more (ADM-4).")
+    ] = False
+    tenant_rate_limit_config: Annotated[
+        str | None,
+        Flag(
+            metavar="FILE",
+            doc="Requests and tokens per minute of each tenant, and of models of theirs (YAML). Read again when it changes.",
+        ),
+    ] = None
 
     def in_flight_max(self, cores: int) -> int | None:
         """Most inference requests in flight on a machine with so many cores; None means no limit."""

@@ -12,8 +12,7 @@ from smg.settings_flag import env_name
 _NAMES = """
 processes
 
-priority-scheduler-enabled priority-scheduler-config priority-scheduler-default-max-class tenant-rate-limit-enabled
-tenant-rate-limit-config
+priority-scheduler-enabled priority-scheduler-config priority-scheduler-default-max-class
 
 selector prefill-selector decode-selector router-selector service-discovery-port service-discovery-namespace
 model-id-from

@@ -20,6 +20,7 @@ from smg.bridge.identity import cluster_seed
 from smg.bridge.mesh_node import MeshNode, Parts
 from smg.bridge.meters import mesh_meters
 from smg.cli.access import Access
+from smg.cli.accounting import Accounting
 from smg.cli.caches import Caches
 from smg.cli.flags import Given
 from smg.cli.reloading import Reloading
@@ -134,6 +135,7 @@ class Node:
         )
         self._admission = admission_of(settings.limits, os.cpu_count() or 1, trio.current_time())
         self._tallies = Tallies(self.metrics)
+        self.accounting = Accounting(settings, self._access.tenants, self.metrics)
         self._sender = _span_sender(settings)
         self._tracer = None if self._sender is None else Tracer(self.metrics, self._sender, rng)
         backend = HttpWorkers if self._tracer is None else TracedWorkers
@@ -217,6 +219,8 @@ class Node:
             self.reporter("flags"),
             self.mesh,
         )
+        for part in self.accounting.parts():
+            reloading.reload.add(part)
         return reloading.reload
 
     def _make_policy(self, name: str, model: str) -> Policy:
@@ -295,6 +299,7 @@ class Node:
             runner,
             self._tallies,
             self._readiness,
+            self.accounting.accounts,
             key_headers=settings.routing.routing_key_headers,
             needs_key=settings.routing.routing_key_override,
             is_pair=settings.pd.pd_disaggregation,
@@ -349,6 +354,7 @@ class Node:
             "put_worker": workers.put_worker,
             "delete_worker": workers.delete_worker,
             "explain": explain.explain,
+            "usage": self.accounting.api.usage,
             "mesh_status": mesh.mesh_status,
             "mesh_members": mesh.mesh_members,
             "mesh_leave": mesh.mesh_leave,

@@ -58,6 +58,7 @@ CODES: tuple[ErrorCode, ...] = (
     ErrorCode("no_models_available", (503,), LOAD, "No worker has told a model yet.", "Wait for a worker, or look at `GET /workers`.", "MOD-1"),
     ErrorCode("no_available_workers", (503,), LOAD, "Workers for the model exist and none may get a request, or one has not told its models yet, or the node drains.", _LATER + " `POST /route/explain` tells why.", "ERR-15"),
     ErrorCode("admission_queue_full", (429,), LOAD, "`--max-concurrent-requests` are in flight and the queue is full.", _LATER, "ERR-12"),
+    ErrorCode("tenant_rate_limit_exceeded", (429,), LOAD, "The tenant has used up its requests or tokens per minute, or asks for more than it can ever have at once.", "Wait `Retry-After`; with `x-should-retry: false` ask for less.", "ERR-13"),
     ErrorCode("rate_limit_exceeded", (429,), LOAD, "More requests per second than `--rate-limit-tokens-per-second`.", _LATER, "ERR-13"),
     ErrorCode("admission_queue_timeout", (503,), LOAD, "The request waited `--queue-timeout-secs` in the queue.", _LATER, "ERR-14"),
     ErrorCode("worker_overload_protection_shed", (503,), LOAD, "Every worker is over the overload limits, and `--worker-overload-shed` is on.", _LATER, "ERR-19"),

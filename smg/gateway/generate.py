@@ -18,6 +18,7 @@ from smg.api.endpoints import Endpoint
 from smg.errors import ClientGone, GatewayError, ShuttingDown
 from smg.fleet.pool import Pool
 from smg.fleet.registry import Added, ModelsChanged, Registry, Removed, Updated
+from smg.gateway.accounts import Accounts
 from smg.gateway.receipts import HEADER as RECEIPT
 from smg.gateway.receipts import receipted
 from smg.gateway.resolve import key_headers as resolve_key_headers
@@ -27,6 +28,7 @@ from smg.net.exchange import Exchange
 from smg.net.readiness import Parking, Readiness
 from smg.policies.routing_table import PolicyTable
 from smg.tenancy.admission import EXPIRED, Admission, Ticket
+from smg.tenancy.limits import Reservation
 from smg.wire.json_splice import quoted, replace_member
 
 CLIENT_GONE_STATUS = 499  # the status under which a departed client is counted; nobody is sent it
@@ -55,6 +57,7 @@ class Generate:
         dispatch: Runner,
         tallies: Tallies,
         readiness: Readiness,
+        accounts: Accounts,
         *,
         key_headers: Sequence[str] = (),
         needs_key: bool = False,
@@ -65,6 +68,7 @@ class Generate:
         self._admission = admission
         self._dispatch = dispatch
         self._tallies = tallies
+        self._accounts = accounts
         self._key_headers = resolve_key_headers(key_headers)
         self._needs_key = needs_key
         self._is_pair = is_pair
@@ -79,7 +83,10 @@ class Generate:
     async def serve(self, exchange: Exchange, endpoint: Endpoint, query: bytes) -> None:
         """One inference request, its id and key already checked. Raises `GatewayError`, `ClientGone`."""
         lane: Lane | None = None
+        call: Call | None = None
+        reservation: Reservation | None = None
         readiness = self._readiness
+        accounts = self._accounts
         try:
             fields = exchange.head.fields
             if b"content-encoding" in fields:
@@ -98,6 +105,8 @@ class Generate:
                 call.routing_key = routing_key_of(fields, self._key_headers)
             if RECEIPT in fields and fields[RECEIPT] == b"1":
                 lane = receipted(lane, exchange)
+            if accounts.limits is not None:
+                reservation = accounts.reserve(exchange, call, readiness.now_s)
             queued_s = 0.0
             admission = self._admission
             ticket = admission.enter(readiness.now_s)
@@ -111,21 +120,11 @@ class Generate:
                 next_ticket = admission.leave()
                 if next_ticket is not None:
                     self._wake(next_ticket)
-            lane.series.finished(status, "", readiness.now_s - exchange.started_s, queued_s)
-        except GatewayError as error:
-            self._count_failure(exchange, endpoint, lane, error.status, error.code)
-            raise
-        except ClientGone:
-            self._count_failure(exchange, endpoint, lane, CLIENT_GONE_STATUS, "client_gone")
-            raise
-        except ShuttingDown:
-            if exchange.has_begun_answer:
-                self._count_failure(exchange, endpoint, lane, exchange.status, "")
-            else:
-                self._count_failure(exchange, endpoint, lane, 503, "no_available_workers")
-            raise
-        except Exception:  # a fault of ours: counted here, told and answered by the server (ERR-21)
-            self._count_failure(exchange, endpoint, lane, 500, "internal_error")
+            now = readiness.now_s
+            lane.series.finished(status, "", now - exchange.started_s, queued_s)
+            accounts.answered(exchange, call, lane, reservation, status, now)
+        except Exception as error:
+            self._failed(exchange, endpoint, call, lane, reservation, error)
             raise
 
     def _call(self, exchange: Exchange, endpoint: Endpoint, body: bytes, fields: dict[bytes, bytes]) -> Call:
@@ -189,10 +188,30 @@ class Generate:
         if ticket is not None and isinstance(ticket.waiter, Parking):
             ticket.waiter.wake()
 
-    def _count_failure(
-        self, exchange: Exchange, endpoint: Endpoint, lane: Lane | None, status: int, code: str
+    def _failed(
+        self,
+        exchange: Exchange,
+        endpoint: Endpoint,
+        call: Call | None,
+        lane: Lane | None,
+        reservation: Reservation | None,
+        error: Exception,
     ) -> None:
-        duration_s = self._readiness.now_s - exchange.started_s
+        """A request has ended without an answer of a worker, or in the middle of one: counted and settled."""
+        now = self._readiness.now_s
+        if isinstance(error, GatewayError):
+            status, code = error.status, error.code
+            self._accounts.mark(exchange, "" if call is None else call.model, error, now)
+        elif isinstance(error, ClientGone):
+            status, code = CLIENT_GONE_STATUS, "client_gone"
+        elif isinstance(error, ShuttingDown):
+            begun = exchange.has_begun_answer
+            status, code = (exchange.status, "") if begun else (503, "no_available_workers")
+        else:  # a fault of ours: told and answered by the server (ERR-21)
+            status, code = 500, "internal_error"
+        if call is not None and lane is not None:
+            self._accounts.failed(exchange, call, lane, reservation, status == CLIENT_GONE_STATUS, now)
+        duration_s = now - exchange.started_s
         if lane is not None:
             lane.failed(status, code, duration_s)
         else:

@@ -78,6 +78,8 @@ ROUTES: Mapping[str, Methods] = {
     # explain (section 13)
     "/route/explain": {"POST": ("explain", ADMIN)},
     "/v1/route/explain": {"POST": ("explain", ADMIN)},
+    # what tenants used
+    "/v1/usage": {"GET": ("usage", ADMIN)},
     # mesh (MSH-1)
     "/mesh/status": {"GET": ("mesh_status", ADMIN)},
     "/mesh/members": {"GET": ("mesh_members", ADMIN)},
@@ -105,13 +107,14 @@ SUMMARIES: Mapping[str, str] = {
     "put_worker": "`PUT` replaces its specification.",
     "delete_worker": "`DELETE` drains and removes it.",
     "explain": "Which worker an inference body would go to, and why.",
+    "usage": "What each tenant has used of each model; `?tenant=` and `?model=` select.",
     "mesh_status": "The state of the mesh.",
     "mesh_members": "The members of the mesh.",
     "mesh_leave": "Leaves the mesh.",
 }
 """What each endpoint does, in a sentence: the words of docs/reference/routes.md."""
 
-ADMIN_PREFIXES = ("/workers", "/mesh", "/route", "/v1/route", "/parse", "/v1/tokenizers")
+ADMIN_PREFIXES = ("/workers", "/mesh", "/route", "/v1/route", "/parse", "/v1/tokenizers", "/v1/usage")
 """Below these the key is asked for before 404 or 405 is said (HTTP-10)."""
 
 UNKNOWN_TEMPLATE = "other"

@@ -277,6 +277,28 @@ FAMILIES: tuple[Family, ...] = (
         "Requests for --record-trace: written or dropped.",
         "MET-9",
     ),
+    # ---- tenants
+    Family(
+        "smg_tenant_rejected_total",
+        COUNTER,
+        ("tenant", "reason"),
+        "Requests refused by tenant limits: requests, tokens or too_large; tenants past the first ones are other.",
+        "MET-9",
+    ),
+    Family(
+        "smg_tenant_requests_total",
+        COUNTER,
+        ("tenant", "model"),
+        "Requests that were answered, by who pays; tenants past the first ones are other.",
+        "MET-9",
+    ),
+    Family(
+        "smg_tenant_tokens_total",
+        COUNTER,
+        ("tenant", "model", "kind"),
+        "Tokens by who pays: prompt (all of it), cached (the part of it out of a cache), completion.",
+        "MET-9",
+    ),
     # ---- the mesh
     Family(
         "smg_mesh_members",

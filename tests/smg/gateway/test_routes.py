@@ -21,6 +21,7 @@ from smg.gateway.routes import (
     find,
     is_admin_path,
 )
+from smg.gateway.usage_api import UsageApi
 from smg.gateway.workers_api import WorkersApi
 
 
@@ -151,7 +152,7 @@ def test_any_path_is_found_or_not_without_an_error(path: str) -> None:
 
 
 def test_every_endpoint_of_the_table_has_code_in_exactly_one_place() -> None:
-    rooms = (Probes, Models, NoMesh, WorkersApi, FanOut, Explain)
+    rooms = (Probes, Models, NoMesh, WorkersApi, FanOut, Explain, UsageApi)
     names = {name for methods in ROUTES.values() for name, _ in methods.values()} - {
         GENERATE,
         NOT_IMPLEMENTED,

@@ -49,6 +49,7 @@ CONTRACT = {
     "smg_event_loop_delay_seconds": (HISTOGRAM, ""),
     "smg_cache_matched_chars_total": (COUNTER, "model"),
     "smg_cache_prompt_chars_total": (COUNTER, "model"),
+    "smg_tenant_rejected_total": (COUNTER, "tenant reason"),
     "smg_mesh_members": (GAUGE, "state"),
     "smg_mesh_rtt_seconds": (HISTOGRAM, ""),
     "smg_mesh_messages_total": (COUNTER, "kind direction"),
@@ -74,6 +75,8 @@ def test_what_the_contract_does_not_name_is_listed_here() -> None:
         "smg_mesh_dropped_total",
         "smg_mesh_owner_questions_total",
         "smg_mesh_owner_wait_seconds",
+        "smg_tenant_requests_total",
+        "smg_tenant_tokens_total",
         "smg_telemetry_series_folded_total",
         "smg_telemetry_spans_total",
     }
