@@ -34,6 +34,10 @@ RETRY_AFTER_S = 2.0
 """`Retry-After` when the queue is full or was too slow; what the existing system says."""
 
 
+RATE_KEY = b"requests per second"
+"""The request rate of the whole gateway among the limits of a cluster. Keys of tenants have zero bytes in them."""
+
+
 class Ticket:
     """A request that waits. `waiter` belongs to the gateway: whatever it wakes the request by."""
 
@@ -80,6 +84,11 @@ class Admission:
     def waiting(self) -> int:
         """Requests in the queue."""
         return len(self._queue)
+
+    @property
+    def rate_limit(self) -> TokenBucket | None:
+        """The bucket of the request rate, which the nodes of a cluster share."""
+        return self._bucket
 
     def enter(self, now: float) -> Ticket | None:
         """A request arrives: None = it holds a slot, a ticket = it waits.
@@ -177,5 +186,6 @@ def admission_of(limits: Limits, cores: int, now: float) -> Admission:
     bucket = None
     if rate_per_s is not None:
         burst = max(1.0, rate_per_s)
-        bucket = TokenBucket(rate_per_s, burst if in_flight_max is None else min(burst, in_flight_max), now)
+        burst = burst if in_flight_max is None else min(burst, in_flight_max)
+        bucket = TokenBucket(rate_per_s, burst, now, RATE_KEY)
     return Admission(in_flight_max, limits.queue_size, limits.queue_timeout_secs, bucket)

@@ -1,0 +1,253 @@
+"""One limit divided among nodes: how much of it this node holds, and what nodes have given each other.
+
+Owns the arithmetic that keeps the parts from adding up to more than the whole. A part changes hands by gift only: the giver
+lowers what it holds and counts the gift for one receiver, who raises what it holds by what it has not accepted yet. All of it
+are absolute, growing numbers that their owner repeats, so words may be late, lost, or arrive twice, and the sum over nodes is
+never above the whole, whoever hears whom (as in the bounded counters of Balegas et al., "Extending Eventually Consistent
+Cloud Databases for Enforcing Numeric Invariants", 2015). What nobody holds any more is made anew by one node only, and what
+is held twice is given up. The book never knows a clock, a network, or what its limit is of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import NamedTuple
+
+import msgspec
+
+WHOLE = 1_000_000
+"""A limit in the parts in which it is divided: whole numbers, because sums of them are exact."""
+
+Peer = bytes
+"""Which node, and which life of it: a node that starts again is another peer, and the former one has gone."""
+
+GIVE_SHARE = 0.15
+GIVE_MIN = 2_000
+"""What is above one's due is given when it is more than this share of what is held, and more than this. Demand is counted
+over a second or less, so it trembles by such a share at 20 requests a second, and a gift that is on its way serves nobody."""
+
+SHORT_MIN = 2_000
+"""Less than this missing from the whole is left alone."""
+
+
+class Gift(NamedTuple):
+    """What one node has given to another, and accepted from it, since both began their books.
+
+    `epoch` is the peer's: gifts to and from another book of that peer say nothing. Tokens are parts of a full bucket.
+    """
+
+    peer: Peer
+    epoch: int
+    given: int
+    accepted: int
+    tokens: int
+    tokens_accepted: int
+
+
+class Told(msgspec.Struct, frozen=True):
+    """All that a node says of one limit.
+
+    `epoch` is the number of this book among all of the node's; `demand` what was asked of the node lately and `held` what it
+    may give out, both in parts of the limit (`demand` may be above the whole). `refill_s` is how long an empty bucket takes to
+    be full.
+    """
+
+    epoch: int
+    demand: int
+    held: int
+    refill_s: float
+    gifts: tuple[Gift, ...] = ()
+
+
+class Group(NamedTuple):
+    """The nodes of this moment, without the node itself: those it hears of, and those that fell silent and may be serving
+    beyond a cut. `may_make`: this node is the one that makes anew what nobody holds."""
+
+    live: Collection[Peer]
+    silent: Collection[Peer]
+    may_make: bool
+
+    @property
+    def size(self) -> int:
+        """Nodes that the limit is divided among."""
+        return 1 + len(self.live) + len(self.silent)
+
+
+class ShareBook:
+    """See the module. `epoch` differs from that of every former book of the node for this limit."""
+
+    __slots__ = ("_epochs", "_gifts", "_me", "demand", "epoch", "held", "refill_s", "told")
+
+    def __init__(self, me: Peer, epoch: int, refill_s: float) -> None:
+        self._me = me
+        self._gifts: dict[Peer, Gift] = {}
+        self.epoch = epoch
+        self.held = 0
+        """Parts that this node may give out. Only gifts, `begin`, `make` and `give_up` change it; never below 0."""
+        self.demand = 0
+        self.refill_s = refill_s
+        self.told: dict[Peer, Told] = {}
+        """The last word of each peer."""
+
+    # -- what is said and heard
+
+    def words(self) -> Told:
+        """What to tell the others."""
+        return Told(self.epoch, self.demand, self.held, self.refill_s, tuple(self._gifts.values()))
+
+    def hear(self, peer: Peer, told: Told) -> int:
+        """A peer's word. Accepts what it has given to this node; the tokens that came with it."""
+        self.told[peer] = told
+        self.refill_s = told.refill_s
+        ours = self._gifts.get(peer)
+        if ours is not None and ours.epoch != told.epoch:
+            # What was given to a book that is no more is lost, and will be made anew. The empty row tells who reads ours
+            # together with an old word of the peer that the two do not belong together.
+            ours = self._gifts[peer] = Gift(peer, told.epoch, 0, 0, 0, 0)
+        if ours is None:
+            ours = Gift(peer, told.epoch, 0, 0, 0, 0)
+        theirs = next((gift for gift in told.gifts if gift.peer == self._me), None)
+        if theirs is None or theirs.epoch != self.epoch or theirs.given <= ours.accepted:
+            return 0
+        tokens = max(theirs.tokens - ours.tokens_accepted, 0)
+        self.held += theirs.given - ours.accepted
+        self._gifts[peer] = ours._replace(accepted=theirs.given, tokens_accepted=theirs.tokens)
+        return tokens
+
+    def forget(self, peer: Peer) -> None:
+        """A peer's word does not count any more; it may come again."""
+        self.told.pop(peer, None)
+
+    def has_dealt_with(self, peers: Collection[Peer]) -> bool:
+        """Whether anything was given to one of these, or accepted from it."""
+        return any(peer in self._gifts for peer in peers)
+
+    def renew(self, epoch: int) -> None:
+        """Begin a new book with what is held: every gift on its way to this node is void. After that nothing need be
+        remembered of peers that are gone, which would be accepted a second time if one came back."""
+        self.epoch = epoch
+        self._gifts.clear()
+
+    # -- what follows
+
+    def known_sum(self, group: Group) -> int:
+        """Parts held by the nodes that were heard, and on their way between them. Exact for words of any age."""
+        nodes = self._nodes((*group.live, *group.silent))
+        return sum(_due(nodes).values())
+
+    def is_complete(self, group: Group) -> bool:
+        """Was every live node heard?"""
+        return all(peer in self.told for peer in group.live)
+
+    def begin(self, group: Group) -> None:
+        """Take the part of a limit that nobody has divided yet, as far as no other node has it."""
+        self.held = min(max(WHOLE - self.known_sum(group), 0), WHOLE // group.size)
+
+    def missing(self, group: Group) -> int:
+        """Parts that nobody holds, 0 while it is not for this node to say so."""
+        if not group.may_make or group.silent or not self.is_complete(group):
+            return 0
+        missing = WHOLE - self.known_sum(group)
+        return missing if missing >= SHORT_MIN else 0
+
+    def make(self, parts: int) -> None:
+        """Hold what was missing."""
+        self.held += parts
+
+    def give_up(self, group: Group) -> int:
+        """Two meshes, or two books, have met, and together hold more than the whole: our part of what is too much."""
+        nodes = self._nodes((*group.live, *group.silent))
+        due = _due(nodes)
+        too_much = sum(due.values()) - WHOLE
+        if too_much <= 0:
+            return 0
+        beyond = sum(due[peer] for peer in group.silent if peer in due)
+        excess = self._excess(nodes, due, group, max(WHOLE - beyond, 0))
+        above = sum(parts for parts in excess.values() if parts > 0)
+        mine = excess[self._me]
+        if mine <= 0:
+            return 0
+        parts = min(-(-too_much * mine // above), self.held)
+        self.held -= parts
+        return parts
+
+    def give(self, group: Group) -> dict[Peer, int]:
+        """Lower what is held to what the demand of all nodes makes of it; what each of the others gets of the difference.
+
+        The gifts are to be written down with `hand_over`.
+        """
+        nodes = self._nodes((*group.live, *group.silent))
+        due = _due(nodes)
+        side = due[self._me] + sum(due[peer] for peer in group.live if peer in due)
+        excess = self._excess(nodes, due, group, side)
+        mine = min(excess[self._me], self.held)
+        if mine <= GIVE_MIN + GIVE_SHARE * self.held:
+            return {}
+        lacks = {peer: -parts for peer, parts in excess.items() if parts < 0}
+        lacking = sum(lacks.values())
+        gifts = {peer: min(mine, lacking) * parts // lacking for peer, parts in lacks.items()}
+        return {peer: parts for peer, parts in gifts.items() if parts > 0}
+
+    def hand_over(self, gifts: Mapping[Peer, int], tokens: int) -> None:
+        """Give parts away, and so many tokens with them, to each its share."""
+        whole = sum(gifts.values())
+        assert whole <= self.held, "one can only give what one has"
+        self.held -= whole
+        for peer, parts in gifts.items():
+            gift = self._gifts.get(peer)
+            if gift is None:
+                gift = Gift(peer, self.told[peer].epoch, 0, 0, 0, 0)
+            self._gifts[peer] = gift._replace(
+                given=gift.given + parts, tokens=gift.tokens + tokens * parts // whole
+            )
+
+    def is_even(self, group: Group) -> bool:
+        """Does nobody ask, and is what is held about what a node begins with?"""
+        is_idle = not self.demand and not any(told.demand for told in self.told.values())
+        even = WHOLE // group.size
+        return is_idle and abs(self.held - even) <= GIVE_MIN + 2 * GIVE_SHARE * even
+
+    def _nodes(self, peers: Collection[Peer]) -> dict[Peer, Told]:
+        nodes = {peer: self.told[peer] for peer in peers if peer in self.told}
+        nodes[self._me] = self.words()
+        return nodes
+
+    def _excess(
+        self, nodes: Mapping[Peer, Told], due: Mapping[Peer, int], group: Group, side: int
+    ) -> dict[Peer, int]:
+        """What each live node has above its target; the targets add up to `side`.
+
+        While all together ask for less than the whole, each gets what it asks for and what is left is divided evenly, so
+        that the first requests on a quiet node find something. Else parts follow demand, as if all asked one bucket.
+        """
+        live = [self._me, *(peer for peer in group.live if peer in nodes)]
+        asked = sum(nodes[peer].demand for peer in live)
+        spare = max(WHOLE - asked, 0)
+        weight = max(asked, WHOLE)
+        return {
+            peer: due[peer] - side * (nodes[peer].demand * len(live) + spare) // (weight * len(live))
+            for peer in live
+        }
+
+
+def _due(nodes: Mapping[Peer, Told]) -> dict[Peer, int]:
+    """What each of these holds, with what is on its way to it.
+
+    A gift was either heard of from both sides, or from one: then it is counted with the receiver, or, when only the receiver
+    told of it, taken off it again. So the sum is right for words of different ages. Rows about another book than the one that
+    its owner tells of are void, and so is what the other side says of the same pair.
+    """
+    due = {peer: told.held for peer, told in nodes.items()}
+    epoch_seen = {(owner, gift.peer): gift.epoch for owner, told in nodes.items() for gift in told.gifts}
+    for (owner, peer), epoch in epoch_seen.items():
+        other = nodes.get(peer)
+        if other is None or other.epoch != epoch:
+            epoch_seen[owner, peer] = -1
+    for owner, told in nodes.items():
+        for gift in told.gifts:
+            if epoch_seen[owner, gift.peer] < 0:
+                continue
+            due[gift.peer] += gift.given
+            if epoch_seen.get((gift.peer, owner), 0) >= 0:
+                due[owner] -= gift.accepted
+    return due
