@@ -193,9 +193,13 @@ class CacheCapacity:
     Every minute, or after enough answers, predicted and actual cached tokens are compared. Fewer than
     predicted: the worker forgets sooner than we thought, the bound shrinks by a tenth. As many: it
     grows by 2 %, if the bound is what keeps the index from claiming more.
+
+    Where no answer tells cached tokens (streams whose clients ask for no usage), nothing corrects the size that the
+    engine tells, and engines with a second tier hold more than that. Claiming too little costs more than claiming too
+    much (docs/performance-routing.md), so until the first such answer `claimable` is above the size told.
     """
 
-    __slots__ = ("_actual", "_answers", "_predicted", "_since_s", "tokens")
+    __slots__ = ("_actual", "_answers", "_predicted", "_since_s", "is_judged", "tokens")
 
     PERIOD_S = 60.0
     ANSWERS = 64
@@ -204,13 +208,21 @@ class CacheCapacity:
     TOLERANCE = 0.1
     """Share of predicted tokens that may be missing: blocks differ, and what waits in a queue may be evicted meanwhile."""
     TOKENS_MIN = 4_096
+    UNJUDGED = 1.5
+    """Times the size told that may be claimed while no answer can say otherwise."""
 
     def __init__(self, tokens: float) -> None:
         self.tokens = max(float(tokens), float(self.TOKENS_MIN))
+        self.is_judged = False
+        """Whether anything but the engine's own word tells of the size."""
         self._predicted = 0
         self._actual = 0
         self._answers = 0
         self._since_s: float | None = None
+
+    def claimable(self) -> float:
+        """Tokens that the index may claim for the worker."""
+        return self.tokens if self.is_judged else self.UNJUDGED * self.tokens
 
     def observe(self, predicted_tokens: int, actual_tokens: int, claimed_tokens: float, now: float) -> bool:
         """`count` and, when a period is over, `judge`; whether the capacity changed."""
@@ -226,6 +238,7 @@ class CacheCapacity:
         since_s = self._since_s
         if since_s is None:
             since_s = self._since_s = now
+        self.is_judged = True
         self._predicted += predicted_tokens
         self._actual += actual_tokens if actual_tokens < predicted_tokens else predicted_tokens
         self._answers = answers = self._answers + 1

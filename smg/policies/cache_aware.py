@@ -219,6 +219,9 @@ class CacheAware:
             prices.decode_s += 0.05 * (max(0.0, decode_s) - prices.decode_s)
         if outcome.prompt_tokens:
             self._learn(worker_id, account, request, outcome, now)
+        elif request.observed_s is not None and not request.predicted_tokens:
+            # The client asked for no usage. Where nothing could be cached, time and our own count of tokens teach too.
+            self._learn_pace(account, request, request.question.tokens, 0)
 
     def removed(self, worker: Worker) -> None:
         """The worker left: it owns nothing, and its account is closed."""
@@ -377,6 +380,7 @@ class CacheAware:
         if account.capacity is None:
             account.capacity = CacheCapacity(tokens)
         account.capacity.tokens = max(float(CacheCapacity.TOKENS_MIN), float(tokens))
+        account.capacity.is_judged = True
         question = self._question
         if question is not None:
             self._resize(account, worker.id, question)
@@ -391,10 +395,17 @@ class CacheAware:
     def _resize(self, account: Account, worker_id: str, question: Question) -> None:
         """Fit the index to the cache: also when a token turned out to have another length."""
         if account.capacity is not None:
-            blocks = int(account.capacity.tokens / question.block_tokens)
+            blocks = int(account.capacity.claimable() / question.block_tokens)
             if abs(blocks - self._index.capacity_of(worker_id)) > blocks >> 6:
                 self._index.set_capacity(worker_id, blocks)
             account.sized_blocks = self._index.capacity_of(worker_id)
+
+    def _learn_pace(self, account: Account, request: Open, prompt: int, had: int) -> None:
+        """Learn from the seconds of a prefill of `prompt` tokens, `had` of which were cached."""
+        assert request.observed_s is not None
+        if request.observed_s > OBSERVE_S:
+            seconds = request.observed_s / request.slowdown
+            account.fit.observe(prompt - had, had, seconds, request.is_queued)
 
     def _learn(self, worker_id: str, account: Account, request: Open, outcome: Outcome, now: float) -> None:
         prices, question = self._prices, request.question
@@ -404,12 +415,9 @@ class CacheAware:
         if chars:
             self._length.observe(chars, prompt)
         predicted = request.predicted_tokens
-        if request.observed_s is not None and request.observed_s > OBSERVE_S:
-            # An engine that does not tell what it had cached teaches only where nothing could be.
-            had = min(cached, prompt - 1) if cached is not None else 0
-            if cached is not None or not predicted:
-                seconds = request.observed_s / request.slowdown
-                account.fit.observe(prompt - had, had, seconds, request.is_queued)
+        # An engine that does not tell what it had cached teaches only where nothing could be.
+        if request.observed_s is not None and (cached is not None or not predicted):
+            self._learn_pace(account, request, prompt, min(cached, prompt - 1) if cached is not None else 0)
         if cached is None:
             return
         self.predicted_tokens += predicted

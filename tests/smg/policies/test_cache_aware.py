@@ -160,11 +160,41 @@ def test_a_full_cache_costs_the_end_of_a_running_answer_unless_the_prompt_fits()
 def test_a_busier_fleet_pays_more_for_a_hit():
     idle, busy = Site(workers_of(2)), Site(workers_of(2))
     for seed in range(60):
-        busy.answer(*busy.send(text_of(seed, 100)), after_s=0.5)
+        busy.answer(*busy.send(text_of(seed, 100)), after_s=0.9)
     prompt = text_of(999, 40)
     cheap = idle.rows(prompt)[idle.workers[0].id].prefill / PrefillModels().get("m").seconds(5120, 0)
     dear = busy.rows(prompt)[busy.workers[0].id].prefill / busy.policy._fits.get("m").seconds(5120, 0)
     assert dear > 1.5 * cheap
+
+
+def test_the_pace_is_learned_also_from_answers_that_tell_no_usage():
+    site = Site(workers_of(1))
+    fit = site.policy._fits.get("m")
+    before = fit.seconds(10_000, 0)
+    for seed in range(40):
+        site.answer(*site.send(text_of(seed, 80)), after_s=0.05)  # 80 blocks: about 10,000 tokens
+    assert fit.seconds(10_000, 0) == pytest.approx(0.05, rel=0.2) != before
+
+
+def test_an_answer_without_usage_teaches_nothing_where_something_may_have_been_cached():
+    site = Site(workers_of(1))
+    history = text_of(1, 80)
+    site.serve(history, prompt_tokens=10_000, cached_tokens=0)
+    fit = site.policy._fits.get("m")
+    before = fit.observations
+    site.serve(history)
+    assert fit.observations == before
+
+
+def test_more_than_the_told_cache_is_claimed_until_an_answer_tells_what_was_cached():
+    site = Site(workers_of(1))
+    worker = site.workers[0]
+    reported(worker, site.now, kv_capacity_tokens=128_000)  # 1,000 blocks of 4 x 128 characters
+    site.serve(text_of(1, 4))
+    index = site.policy._index
+    assert index.capacity_of(worker.id) == 1_500
+    site.serve(text_of(1, 4), prompt_tokens=512, cached_tokens=512)
+    assert index.capacity_of(worker.id) == pytest.approx(1_000, rel=0.01)
 
 
 def test_token_ids_are_routed_by_their_own_prefixes():
