@@ -45,6 +45,9 @@ OVERFLOW_TENANT = "ip:other"
 RETRY_AFTER_MAX_S = 3600.0
 """A longer wait than this is not told: by then the plan may be another one."""
 
+SHARE_WAIT_S = 1.0
+"""When to come back to a node whose share is nothing: what was asked of it moves shares there within a round of gossip."""
+
 SECONDS_PER_MINUTE = 60.0
 
 SLACK = 1e-6
@@ -109,7 +112,7 @@ class Bucket:
     def has(self, amount: float, now: float) -> bool:
         """Whether `amount` could be taken: it is there, or the bucket is full and it is more than a full one."""
         self._asked += amount
-        return self.balance(now) + SLACK >= min(amount, self.burst)
+        return self.balance(now) + SLACK >= min(amount, self.burst) and self.burst > 0.0
 
     def take(self, amount: float) -> None:
         """Takes what `has` has answered for, at the same moment."""
@@ -120,11 +123,11 @@ class Bucket:
         self._balance = min(self.balance(now) + amount, self.burst)
 
     def wait_s(self, amount: float, now: float) -> float:
-        """Seconds until `amount` could be taken if nobody else takes any; infinity while the share is nothing."""
+        """Seconds until `amount` could be taken if nobody else takes any; a guess while the share is nothing."""
+        if self.rate_per_s <= 0.0:
+            return SHARE_WAIT_S
         missing = min(amount, self.burst) - self.balance(now)
-        if missing <= SLACK:
-            return 0.0
-        return missing / self.rate_per_s if self.rate_per_s > 0.0 else math.inf
+        return 0.0 if missing <= SLACK else missing / self.rate_per_s
 
     def is_full(self, now: float) -> bool:
         """Whether forgetting the bucket and making it anew would change nothing."""
