@@ -1,161 +1,218 @@
-"""The story that scripts/demo tells: chats through a gateway, an engine that dies, and what the clients saw of it.
+"""The story that scripts/demo tells: one trace, three times, through one node, three strangers, and three that are one.
 
-Owns the processes it starts and ends them all, whatever happens. Speaks to the gateway as any client would, with the
-standard library only; it must never import smg.
+Owns the order of events and what is printed of them. Every number comes from requests that were really answered: hits
+from `cached_tokens` in the engines' usage, times from the client's clock. It ends all processes that it started,
+however it ends itself.
 """
 
 from __future__ import annotations
 
+import argparse
+import signal
 import sys
-import threading
-import time
-from collections import Counter
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 
-from demo_client import Answer, Chat, Client
-from demo_processes import Processes
+import trio
+from demo_client import Run, replay
+from demo_figures import Act, hit_ratio, milliseconds, table
+from demo_fleet import ENGINES, MODEL, Fleet, Node, NotReady
+from demo_picture import draw
+from demo_processes import CannotStart, Processes
 
-ENGINES = 3
-CHATS = 24
-TURNS = 5
-CLIENTS = 12
-MODEL = "sim"
-# One core or two do everything here, so the engines think fast and say little.
-ENGINE_FLAGS = (
-    "--decode-ms",
-    "3",
-    "--output-tokens",
-    "24",
-    "--prefill-tokens-per-second",
-    "20000",
-    "--kv-blocks",
-    "6000",
+from smg.lab.conversations import Conversation, ConversationTraffic, conversations
+
+FOLDER = Path("build/demo")
+NODES = 3
+SEED = 5
+KILL_AT, START_AT = 0.4, 0.6
+"""Shares of the requests answered when a node is killed, and when it is started again."""
+HITS_OF_ONE_NODE_MIN = 0.9
+"""A cluster below this did not end well; it should be above 0.97, but one run on a busy machine proves little."""
+SETTLE_S = 3.0
+
+WHOLE = ConversationTraffic()
+WHOLE_ENGINE_TOKENS = 44_000
+"""Caches of six engines hold every open conversation once, with some room; not twice."""
+SHORT = ConversationTraffic(
+    conversations=28, arrivals_s=0.8, turns=(3, 4), think_s=(0.2, 0.5), opening_tokens=(600, 1_500)
 )
+SHORT_ENGINE_TOKENS = 16_000
+
+Begin = Callable[[], Awaitable[list[Node]]]
 
 
-@dataclass(frozen=True)
-class Act:
-    """One part of the story: its title and what was answered."""
+class Story:
+    """All that is told, in the order in which it happens."""
 
-    title: str
-    answers: list[Answer]
+    def __init__(self, processes: Processes, fleet: Fleet, trace: Sequence[Conversation]) -> None:
+        self._processes = processes
+        self._fleet = fleet
+        self._trace = trace
+        self._began_s = trio.current_time()
 
+    def say(self, text: str) -> None:
+        """One line, with the time."""
+        print(f"{trio.current_time() - self._began_s:5.1f} s  {text}", flush=True)
 
-def main(gateway_flags: Sequence[str]) -> int:
-    """Plays the story and prints it. Returns 1 when it did not end well."""
-    with Processes() as processes:
-        urls = [processes.start_engine("--model", MODEL, *ENGINE_FLAGS) for _ in range(ENGINES)]
-        gateway = processes.start_gateway("--worker-urls", *urls, *gateway_flags)
-        client = Client(gateway)
-        client.wait_until_ready(ENGINES)
-        names = {worker["id"]: f"engine {urls.index(worker['url']) + 1}" for worker in client.workers()}
-        print(f"gateway  {gateway}")
-        for number, url in enumerate(urls, 1):
-            print(f"engine {number} {url}")
-        policy = client.policy(MODEL)
-        print(f"policy   {policy}\n")
-
-        acts = [
-            play("three engines, every second answer a stream", client, stream=lambda turn: turn % 2 == 0),
-            play("engine 3 is killed on the way (kill -9)", client, disturb=lambda: processes.kill(urls[-1])),
-            play("two engines, all answers are streams", client, stream=lambda turn: True),
-        ]
-        in_flight = sum(worker["load"] for worker in client.workers())
-        alive = [worker for worker in client.workers() if worker["status"] == "ready"]
-    return tell(acts, names, in_flight, len(alive))
-
-
-def play(
-    title: str,
-    client: Client,
-    *,
-    stream: Callable[[int], bool] = lambda turn: False,
-    disturb: Callable[[], None] | None = None,
-) -> Act:
-    """All chats, turn by turn, a few at a time; `disturb` comes when a third of the turns are done."""
-    answers: list[Answer] = []
-    lock = threading.Lock()
-
-    def converse(number: int) -> None:
-        chat = Chat(MODEL, f"{title}: {number}")
-        for turn in range(TURNS):
-            answer = client.ask(chat, stream=stream(number + turn))
-            with lock:
-                answers.append(answer)
-
-    with ThreadPoolExecutor(CLIENTS) as pool:
-        running: list[Future[None]] = [pool.submit(converse, number) for number in range(CHATS)]
-        if disturb is not None:
-            while len(answers) < CHATS * TURNS // 3 and not all(chat.done() for chat in running):
-                time.sleep(0.01)
-            disturb()
-    for chat in running:
-        chat.result()
-    return Act(title, answers)
-
-
-def tell(acts: Sequence[Act], names: dict[str, str], in_flight: int, alive: int) -> int:
-    """Prints the tables. Returns 1 when a request failed, an engine had nothing to do, or something is still counted."""
-    rows = []
-    for act in acts:
-        by_engine = Counter(names.get(answer.worker_id, "-") for answer in act.answers)
-        cached = sum(answer.cached_tokens for answer in act.answers)
-        prompt = sum(answer.prompt_tokens for answer in act.answers)
-        streams = [answer for answer in act.answers if answer.is_stream]
-        rows.append(
-            [
-                act.title,
-                str(len(act.answers)),
-                str(len(streams)),
-                " / ".join(str(by_engine[name]) for name in sorted(names.values())),
-                f"{cached / prompt:.0%}" if prompt else "-",
-                milliseconds(streams, 0.5),
-                milliseconds(streams, 0.99),
-                str(sum(not answer.is_good for answer in act.answers)),
+    async def tell(self) -> list[Act]:
+        """Everything."""
+        fleet = self._fleet
+        await fleet.start_engines()
+        requests = sum(len(conversation.turns) for conversation in self._trace)
+        self.say(
+            f"{ENGINES} simulated engines are up; {len(self._trace)} conversations, {requests} requests to come"
+        )
+        async with trio.open_nursery() as nursery:
+            # The nodes of one act end while those of the next one start.
+            return [
+                await self._act(nursery, "one node", lambda: fleet.start_alone(1)),
+                await self._act(nursery, f"{NODES} nodes, no mesh", lambda: fleet.start_alone(NODES)),
+                await self._act(
+                    nursery, f"{NODES} nodes, one mesh", lambda: fleet.start_mesh(NODES), is_disturbed=True
+                ),
             ]
+
+    async def _act(
+        self, ending: trio.Nursery, title: str, begin: Begin, *, is_disturbed: bool = False
+    ) -> Act:
+        nodes = await begin()
+        await self._fleet.empty_caches()
+        balancer, port = await self._fleet.start_balancer(nodes)
+        self.say(f"{title}: ready behind the load balancer, caches are empty")
+        run = Run(sum(len(conversation.turns) for conversation in self._trace))
+        events: list[tuple[float, str]] = []
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._report, run)
+            if is_disturbed:
+                nursery.start_soon(self._disturb, run, nodes[0], events)
+            await replay(self._trace, run, port, MODEL)
+        in_flight = await self._in_flight(nodes)
+        act = Act(title, run.answers, events, in_flight)
+        self.say(
+            f"  all answered: hits {act.hit_ratio:.1%}, first token after {milliseconds(act.ttft_mean_s)} on the mean"
         )
-    heads = [
-        "",
-        "requests",
-        "streams",
-        "per engine",
-        "prompt tokens cached",
-        "TTFT p50",
-        "TTFT p99",
-        "failed",
+        ending.start_soon(self._processes.end, [balancer, *(node.process for node in nodes)])
+        return act
+
+    async def _report(self, run: Run) -> None:
+        for share in (0.25, 0.5, 0.75):
+            await run.wait_answers(share)
+            self.say(
+                f"  {len(run.answers)} of {run.total} answered, hits so far {hit_ratio(run.answers):.0%}"
+            )
+
+    async def _disturb(self, run: Run, node: Node, events: list[tuple[float, str]]) -> None:
+        """Kills a node, the one that knew the engines, and starts it again."""
+        await run.wait_answers(KILL_AT)
+        await node.process.kill()
+        events.append((trio.current_time() - run.began_s, f"kill -9 {node.name}"))
+        self.say(f"  kill -9 {node.name}, process {node.process.id}; its clients connect again and ask again")
+        await run.wait_answers(START_AT)
+        started_s, latest = trio.current_time(), run.latest
+        await self._fleet.start_again(node)
+        matched, blocks = await self._fleet.wait_warm(node, latest)
+        now_s = trio.current_time()
+        events.append((now_s - run.began_s, f"{node.name} is back"))
+        self.say(
+            f"  {node.name} is back {now_s - started_s:.1f} s after its start, and knows where {matched} of {blocks} blocks of a "
+            "prompt are cached that others served meanwhile"
+        )
+
+    async def _in_flight(self, nodes: Sequence[Node]) -> int:
+        """Requests that nodes still count when all are answered: none, after a moment."""
+        with trio.move_on_after(SETTLE_S):
+            while True:
+                count = sum([await self._fleet.in_flight(node) for node in nodes])
+                if not count:
+                    break
+                await trio.sleep(0.05)
+        return count
+
+
+def judge(acts: Sequence[Act]) -> list[str]:
+    """What did not go as it should; empty when all is well."""
+    faults = []
+    for act in acts:
+        failures = [answer.problem for answer in act.answers if answer.problem]
+        faults += [f"{act.title}: failed: {problem}" for problem in failures[:3]]
+        if act.in_flight:
+            faults.append(f"{act.title}: {act.in_flight} requests are still counted as in flight")
+    one, strangers, mesh = acts
+    if mesh.hit_ratio < HITS_OF_ONE_NODE_MIN * one.hit_ratio:
+        faults.append("the mesh did not hit as often as one node")
+    if strangers.hit_ratio > mesh.hit_ratio:
+        faults.append("nodes without a mesh hit more often than with one")
+    return faults
+
+
+async def main(arguments: argparse.Namespace) -> int:
+    """Tells the story; 0 when it ended well, 1 when it did not, 128 + the signal when one ended it."""
+    code = 1
+    async with trio.open_nursery() as nursery:
+
+        async def watch() -> None:
+            nonlocal code
+            with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
+                async for number in signals:
+                    code = 128 + number
+                    print("\nending all processes ...", file=sys.stderr)
+                    nursery.cancel_scope.cancel()
+
+        nursery.start_soon(watch)
+        traffic, tokens = (SHORT, SHORT_ENGINE_TOKENS) if arguments.short else (WHOLE, WHOLE_ENGINE_TOKENS)
+        async with Processes(FOLDER) as processes:
+            trace = conversations(traffic, arguments.seed)
+            try:
+                acts = await Story(processes, Fleet(processes, FOLDER, tokens), trace).tell()
+            except* (CannotStart, NotReady, OSError) as group:
+                print("\n".join(str(error) for error in leaves(group)), file=sys.stderr)
+            else:
+                code = conclude(acts, arguments.picture)
+        nursery.cancel_scope.cancel()
+    return code
+
+
+def conclude(acts: Sequence[Act], picture: Path) -> int:
+    """Prints the table, draws the picture, and says whether it went well."""
+    print("", *table(acts), "", sep="\n")
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    picture.write_text(draw(acts))
+    print(f"picture: {picture}")
+    faults = judge(acts)
+    if faults:
+        print(*faults, f"This did not end as it should; logs are in {FOLDER}/", sep="\n")
+        return 1
+    print("No request failed.")
+    return 0
+
+
+def leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
+    """The exceptions of a group, however deep."""
+    return [
+        leaf
+        for error in group.exceptions
+        for leaf in (leaves(error) if isinstance(error, BaseExceptionGroup) else [error])
     ]
-    print_table(heads, rows)
-    failures = [answer for act in acts for answer in act.answers if not answer.is_good]
-    for failure in failures[:5]:
-        print(f"failed: {failure.problem}")
-    shares = [Counter(answer.worker_id for answer in act.answers) for act in acts]
-    print(f"\n{alive} of {len(names)} engines are still ready; requests still counted in flight: {in_flight}")
-    is_good = not failures and in_flight == 0 and alive == len(names) - 1
-    is_good = is_good and len(shares[0]) == len(names) and len(shares[-1]) == len(names) - 1
-    print("No request failed." if is_good else "This did not end as it should; logs are in .demo/")
-    return 0 if is_good else 1
 
 
-def milliseconds(answers: Sequence[Answer], share: float) -> str:
-    """A percentile of the times to the first token."""
-    times = sorted(answer.first_token_s for answer in answers if answer.is_good)
-    if not times:
-        return "-"
-    return f"{times[min(int(share * len(times)), len(times) - 1)] * 1000:.0f} ms"
-
-
-def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Columns as wide as they need to be; the first to the left, numbers to the right."""
-    widths = [max(len(line[column]) for line in (heads, *rows)) for column in range(len(heads))]
-    for line in (heads, ["-" * width for width in widths], *rows):
-        cells = (
-            f"{cell:<{width}}" if column == 0 else f"{cell:>{width}}"
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        print("  ".join(cells))
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line of scripts/demo."""
+    parser = argparse.ArgumentParser(
+        prog="scripts/demo", description=__doc__.partition("\n")[0] if __doc__ else ""
+    )
+    parser.add_argument(
+        "--short", action="store_true", help="a quarter of a minute instead of one: fewer and shorter talks"
+    )
+    parser.add_argument("--seed", type=int, default=SEED, help="of the conversations (default: %(default)s)")
+    parser.add_argument(
+        "--picture",
+        type=Path,
+        default=Path("build/demo.svg"),
+        help="where the picture goes (default: %(default)s)",
+    )
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(trio.run(main, parse()))

@@ -48,6 +48,12 @@ make_main_venv() {
   make_venv .venv "$(sha256sum <pyproject.toml)" --only-binary :all: --editable '.[dev]'
 }
 
+make_demo_venv() {
+  # What runs nodes and no tests; a .venv that can do so already is left alone.
+  .venv/bin/python -c 'import smg.cli.node' 2>/dev/null ||
+    make_venv .venv "to run $(sha256sum <pyproject.toml)" --only-binary :all: --editable .
+}
+
 failed=()
 step() {
   # step NAME COMMAND...: runs the command and remembers when it failed; verdict tells.
