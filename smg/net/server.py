@@ -27,7 +27,7 @@ ACCEPTS_PER_WAKE = (
 )
 OUT_OF_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 OUT_OF_FILES_PAUSE_S = 0.1
-LAST_WORD_S = 1.0
+LAST_WORD_MAX_S = 1.0
 """How long a server that has closed its port keeps a connection on which a request may be on its way: a new one, and one
 whose last answer did not say that it would be closed (a stream that began before the drain)."""
 NEIGHBOUR_PATIENCE_S = 0.02
@@ -65,6 +65,7 @@ class Server:
         self._exchanges: dict[Exchange, None] = {}
         self._is_draining = False
         self._has_closed_port = False
+        self._last_word_s = LAST_WORD_MAX_S
         self._listeners: Sequence[socket.socket] = ()
         self._accepting = trio.CancelScope()
         self._date_line = b""
@@ -87,13 +88,16 @@ class Server:
         listeners: Sequence[socket.socket],
         neighbours: Sequence[socket.socket] = (),
         *,
+        is_port_kept: bool = False,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         """Serves until `stop_listening` and the last connection is gone, or until cancelled. Closes the listeners.
 
         `neighbours` are listeners of other processes on the same port: what they leave waiting for
-        `NEIGHBOUR_PATIENCE_S`, since they are dead or hang, is served here.
+        `NEIGHBOUR_PATIENCE_S`, since they are dead or hang, is served here. `is_port_kept`: somebody keeps the listeners
+        open for whoever serves next, so newcomers are never turned away.
         """
+        self._listeners = () if is_port_kept else listeners
         async with trio.open_nursery() as connections:
             try:
                 with self._accepting:
@@ -104,6 +108,8 @@ class Server:
                             accepts.start_soon(self._accept, listener, connections, NEIGHBOUR_PATIENCE_S)
                         task_status.started()
             finally:
+                if self._has_closed_port:
+                    self._accept_last(connections)
                 for listener in (*listeners, *neighbours):
                     listener.close()
 
@@ -128,12 +134,13 @@ class Server:
         for listener in self._listeners:
             ignore_newcomers(listener)
 
-    def stop_listening(self) -> None:
+    def stop_listening(self, last_word_s: float = LAST_WORD_MAX_S) -> None:
         """Closes the listeners and the connections that serve nothing; running requests go on (LIFE-5).
 
-        A connection on which a request may be on its way is kept for `LAST_WORD_S` after it was made or fell silent.
+        A connection that was made or fell silent less than `last_word_s` ago is kept so long: a request may be on its way.
         """
         self.start_draining()
+        self._last_word_s = min(last_word_s, LAST_WORD_MAX_S)
         self._has_closed_port = True
         self._accepting.cancel()
         limits, now = self._limits, self._readiness.now_s
@@ -145,7 +152,7 @@ class Server:
                 began_s = parking.deadline_s - (
                     limits.header_read_timeout_s if is_first else limits.idle_timeout_s
                 )
-                parking.deadline_s = min(parking.deadline_s, began_s + LAST_WORD_S)
+                parking.deadline_s = min(parking.deadline_s, began_s + self._last_word_s)
                 parking.sweep(now)
 
     async def wait_closed(self) -> None:
@@ -168,21 +175,37 @@ class Server:
             if is_waiting:
                 await trio.sleep(patience_s)
                 is_waiting = False
-            for _ in range(ACCEPTS_PER_WAKE):
-                try:
-                    sock, address = listener.accept()
-                except (BlockingIOError, ConnectionAbortedError):
+            try:
+                if not self._accept_some(listener, connections):
                     is_waiting = patience_s > 0
-                    break
-                except OSError as error:
-                    if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                        await trio.sleep(OUT_OF_FILES_PAUSE_S)
-                        break
+            except OSError as error:
+                if error.errno not in OUT_OF_FILES:
                     raise
-                sock.setblocking(False)
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                peer = address[0] if isinstance(address, tuple) else ""
-                connections.start_soon(self._converse, sock, peer)
+                await trio.sleep(OUT_OF_FILES_PAUSE_S)
+
+    def _accept_some(self, listener: socket.socket, connections: trio.Nursery) -> bool:
+        """Takes some of those who wait; False when nobody waits any more. Raises `OSError` of `accept`."""
+        for _ in range(ACCEPTS_PER_WAKE):
+            try:
+                sock, address = listener.accept()
+            except ConnectionAbortedError:
+                continue
+            except BlockingIOError:
+                return False
+            sock.setblocking(False)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            peer = address[0] if isinstance(address, tuple) else ""
+            connections.start_soon(self._converse, sock, peer)
+        return True
+
+    def _accept_last(self, connections: trio.Nursery) -> None:
+        """Takes those whom the kernel has connected since the last look: they may have sent a request already."""
+        for listener in self._listeners:
+            try:
+                while self._accept_some(listener, connections):
+                    pass
+            except OSError:
+                pass  # out of files: closing the listener resets the rest, which nothing can change
 
     async def _converse(self, sock: socket.socket, peer: str) -> None:
         plain = PlainConnection(sock, self._readiness)
@@ -263,7 +286,7 @@ class Server:
                 # The head has begun: its own time runs from the first byte, however slowly it drips (HTTP-7).
                 until_s = min(until_s, readiness.now_s + limits.header_read_timeout_s)
             elif self._has_closed_port:
-                until_s = min(until_s, readiness.now_s + LAST_WORD_S)
+                until_s = min(until_s, readiness.now_s + self._last_word_s)
             parking.deadline_s = until_s
             is_in_time = slot.is_readable or await parking.wait_readable(slot)
             data = connection.receive_nowait()  # also when it is late: what has come is not thrown away

@@ -79,6 +79,30 @@ async def test_life_6_a_stream_in_flight_is_delivered_to_its_end():
             await gateway.drained.wait()
 
 
+async def test_life_6_a_stream_that_began_before_the_drain_does_not_end_its_connection_under_the_next_request():
+    """Its head did not say `close`, so a load balancer sends the next request there at once: and a POST only once."""
+    async with fake_worker("m") as worker, running_gateway(workers=[worker]) as gateway:
+        gate = Gate()
+
+        async def slowly(turn):
+            await turn.send(SSE_HEAD, chunk(b"data: 1\n\n"))
+            await gate.before(says(chunk(DONE) + END))(turn)
+
+        worker.plays.append(slowly)
+        client = await gateway.connect()
+        await client.send(request(CHAT, STREAM))
+        assert (await client.read_head()).get("connection") is None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(drained, gateway, 1.0)
+            await eventually(lambda: gateway.server.is_draining)
+            gate.open.set()
+            while await client.read_chunk() is not None:
+                pass
+            answer = await client.ask(CHAT, HELLO)
+            assert answer.status == 200 and answer["connection"] == "close"
+            assert await client.until_closed() == b""
+
+
 async def test_life_6_a_reader_that_takes_nothing_does_not_hold_the_end_up():
     async with fake_worker("m") as worker, running_gateway(workers=[worker], is_quiet=False) as gateway:
 
