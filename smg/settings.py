@@ -71,6 +71,16 @@ class Listening(Group, frozen=True, kw_only=True):
             "the prober.",
         ),
     ] = None
+    processes: Annotated[
+        int,
+        Flag(
+            unit="processes",
+            at_least=1,
+            at_most=256,
+            doc="Processes that serve the port together, each a member of the mesh: one per core is good. --node-name gets a "
+            "number, --mesh-port counts upwards; without --ha-mesh they are a mesh of their own on the loopback.",
+        ),
+    ] = 1
     max_payload_size: Annotated[
         int,
         Flag(
@@ -259,6 +269,14 @@ class Telemetry(Group, frozen=True, kw_only=True):
             doc="Upper bounds of the duration histograms, rising.",
         ),
     ] = ()
+    ui: Annotated[
+        bool,
+        Flag(
+            off_flag="no-ui",
+            doc="Show members, workers and recent decisions, live, at /ui of the metrics port. It holds no secret and costs nothing "
+            "while nobody looks.",
+        ),
+    ] = True
     enable_trace: Annotated[
         bool, Flag(doc="Send OpenTelemetry spans (TRC-1). Off: nothing is measured for it.")
     ] = False

@@ -129,11 +129,24 @@ def _ports(settings: Settings) -> None:
     if listening.health_check_port is not None:
         listeners.append(("--health-check-port", listening.host, listening.health_check_port))
     if settings.mesh.ha_mesh:
-        listeners.append(("--mesh-port", settings.mesh.mesh_host, settings.mesh.mesh_port))
+        last = settings.mesh.mesh_port + listening.processes - 1
+        if last > 65535:
+            _refuse("--processes", str(listening.processes), f"counts --mesh-port upwards to {last}")
+        listeners += [
+            ("--mesh-port", settings.mesh.mesh_host, port)
+            for port in range(settings.mesh.mesh_port, last + 1)
+        ]
     for index, (flag, host, port) in enumerate(listeners):
         for other_flag, other_host, other_port in listeners[:index]:
             if port == other_port and (host == other_host or {host, other_host} & _ANY_ADDRESS):
                 _refuse(flag, str(port), f"is the port of {other_flag} too")
+
+
+def _processes(settings: Settings) -> None:
+    """Each process gets a part of what may be in flight, and 0 would mean no limit."""
+    limit, count = settings.limits.max_concurrent_requests, settings.listening.processes
+    if 0 < limit < count:
+        _refuse("--max-concurrent-requests", str(limit), f"is less than one for each of --processes {count}")
 
 
 def _aliases(settings: Settings) -> None:
@@ -263,6 +276,7 @@ _RULES: tuple[Callable[[Settings], None], ...] = (
     _tenant_limits,
     _buckets,
     _ports,
+    _processes,
     _aliases,
     _discovery,
     _prefill_decode,

@@ -93,9 +93,16 @@ def _launch(arguments: list[str], prog: str) -> int:
     settings = parse(arguments, os.environ, prog=prog)
     import trio
 
+    from smg.cli.place import place_of_environment
+
+    place = place_of_environment(os.environ)
+    if settings.listening.processes > 1:
+        from smg.cli.supervisor import supervise
+
+        return trio.run(supervise, settings, tuple(arguments), place)
     from smg.cli.serve import serve
 
-    return trio.run(serve, settings, Given(tuple(arguments), dict(os.environ)))
+    return trio.run(serve, settings, Given(tuple(arguments), dict(os.environ)), place)
 
 
 def _run_module(word: str, arguments: list[str]) -> int:

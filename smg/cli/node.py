@@ -154,6 +154,11 @@ class Node:
         """Readiness turns 503 `draining` at once (LIFE-5)."""
         self._is_draining = True
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether a request would find a worker (LIFE-2)."""
+        return self._probes.reason_not_ready() is None
+
     def services(self) -> Iterable[Service]:
         """Everything that runs beside the servers, in the order of its start."""
         yield self._probes_service.run

@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import gc
 import os
-import resource
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
 from random import Random
 
 import trio
 
 from smg import __version__
+from smg.cli.file_limit import raise_file_limit
 from smg.cli.flags import Given
 from smg.cli.node import Node
+from smg.cli.place import Place
 from smg.errors import SettingsError
+from smg.net.activation import Inherited
 from smg.net.listen import listen
 from smg.net.readiness import Readiness
 from smg.net.server import Server
+from smg.services.notify import Notifier
 from smg.services.reload import Reload
 from smg.settings import Settings
 from smg.settings_rules import warnings
@@ -30,31 +34,40 @@ from smg.telemetry import log as logs
 from smg.telemetry.loop_delay import watch_loop_delay
 
 LISTENER_GRACE_MAX_S = 5.0  # LIFE-5: load balancers notice an unready node within their probe interval
+HANDSHAKE_S = (
+    0.1  # how long before its end the listener answers no newcomer: more than a round trip to a load balancer
+)
 LAST_WORDS_S = 1.0  # for the failure frames of streams; a client that takes nothing by then is cut
 EXIT_SECOND_SIGNAL = 130
+READY_PATIENCE_S = 3.0
+"""A port that was open before this process is not served before a worker is ready, for so long: those who wait get an answer."""
+READY_LOOK_S = 0.01
 # Generation 2 collections look at every object: with the large tables frozen away they may be rare.
 GC_THRESHOLDS = (10_000, 20, 100)
 
 
-async def serve(settings: Settings, given: Given | None = None) -> int:
+async def serve(settings: Settings, given: Given | None = None, place: Place | None = None) -> int:
     """Runs a node until it is told to stop; the process's exit code (CLI-6, CLI-9, CLI-11).
 
-    `given` is what the settings were read from, for SIGHUP and files that change. Raises `SettingsError` before anything
+    `given` is what the settings were read from, for SIGHUP and files that change; `place` where this process stands, alone
+    when it is None. Raises `SettingsError` before anything
     serves when a port cannot be bound or a file cannot be used.
     """
-    _raise_file_limit()
+    raise_file_limit()
     telemetry = settings.telemetry
-    log = logs.configure(telemetry.log_level, telemetry.log_dir, telemetry.log_json)
+    place = place or Place(Inherited(), Notifier())
+    log = logs.configure(telemetry.log_level, telemetry.log_dir, telemetry.log_json, process=place.process)
     try:
         readiness = Readiness()
         node = Node(settings, readiness, Random(os.urandom(16)), given)
-        listeners: _Listeners | None = None
+        listeners: Listeners | None = None
         try:
-            listeners = _Listeners(settings)
-            for warning in warnings(settings):
-                node.log.warn(warning)
+            listeners = Listeners(settings, place.inherited)
+            if place.is_first:
+                for warning in warnings(given.settings() if given is not None else settings):
+                    node.log.warn(warning)
             await node.bind()
-            return await _run(node, listeners, readiness, settings, log)
+            return await _run(node, listeners, readiness, settings, log, place)
         except BaseExceptionGroup as group:
             wrong = _only_settings_error(group)
             if wrong is None:
@@ -65,28 +78,38 @@ async def serve(settings: Settings, given: Given | None = None) -> int:
             if listeners is not None:
                 listeners.close()
     finally:
+        place.close()
         log.close()
 
 
-class _Listeners:
-    """The sockets of all three servers, bound before anything starts (CLI-6)."""
+class Listeners:
+    """The sockets of all three servers, inherited or bound before anything starts (CLI-6)."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, inherited: Inherited) -> None:
         self._open: list[socket.socket] = []
         host = settings.listening.host
-        self.serving = self._listen(host, settings.listening.port, "--port")
-        self.metrics = self._listen(
+        self.serving = inherited.serving or self._listen(host, settings.listening.port, "--port")
+        self.metrics = inherited.metrics or self._listen(
             settings.metrics_host(), settings.telemetry.prometheus_port, "--prometheus-port"
         )
         probe_port = settings.listening.health_check_port
-        self.probes = self._listen(host, probe_port, "--health-check-port") if probe_port else []
+        self.probes: Sequence[socket.socket] = inherited.health
+        if probe_port and not self.probes:
+            self.probes = self._listen(host, probe_port, "--health-check-port")
 
     def close(self) -> None:
-        """Closes what no server has closed."""
+        """Closes what no server has closed of what was bound here."""
         for sock in self._open:
             sock.close()
 
-    def _listen(self, host: str, port: int, flag: str) -> list[socket.socket]:
+    @property
+    def shown(self) -> str:
+        """HOST:PORT of the serving port."""
+        address = self.serving[0].getsockname()
+        host = f"[{address[0]}]" if ":" in address[0] else address[0]
+        return f"{host}:{address[1]}"
+
+    def _listen(self, host: str, port: int, flag: str) -> Sequence[socket.socket]:
         try:
             sockets = listen(host, port, flag)
         except SettingsError:
@@ -97,42 +120,68 @@ class _Listeners:
 
 
 async def _run(
-    node: Node, listeners: _Listeners, readiness: Readiness, settings: Settings, log: logs.Log
+    node: Node,
+    listeners: Listeners,
+    readiness: Readiness,
+    settings: Settings,
+    log: logs.Log,
+    place: Place,
 ) -> int:
     async with trio.open_nursery() as services:
         services.start_soon(log.run)
         await services.start(readiness.run)
+        await services.start(place.notifier.run, node.log)
+        services.start_soon(place.end_with_supervisor)
         serving = node.server()
-        metrics = node.metrics_server()
-        probes = node.probe_server()
-        await services.start(serving.serve, listeners.serving)
-        services.start_soon(metrics.serve, listeners.metrics)
+        if not place.opens_late:
+            await _open(services, serving, listeners, place)
+        services.start_soon(node.metrics_server().serve, listeners.metrics)
         if listeners.probes:
-            services.start_soon(probes.serve, listeners.probes)
-        await _start_services(services, node, settings)
-        address = listeners.serving[0].getsockname()
-        shown = f"[{address[0]}]" if ":" in address[0] else address[0]
+            services.start_soon(node.probe_server().serve, listeners.probes)
+        await _start_services(services, node, settings, place)
+        if place.opens_late:
+            await _wait_ready(node)
+            await _open(services, serving, listeners, place)
         scheme = "http" if settings.tls.tls_cert_path is None else "https"
-        node.log.info(f"smg listening on {scheme}://{shown}:{address[1]}", version=__version__)
+        if place.process:
+            node.log.info("this process serves", version=__version__, pid=os.getpid())
+        else:
+            node.log.info(f"smg listening on {scheme}://{listeners.shown}", version=__version__)
         gc.collect()
         gc.freeze()
         gc.set_threshold(*GC_THRESHOLDS)
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            await place.notifier.ready(f"serving on {scheme}://{listeners.shown}")
             await anext(signals)
             await services.start(_exit_on_second, signals)
             grace_s = settings.listening.shutdown_grace_period_secs
             node.log.info("draining", grace_secs=grace_s)
             services.start_soon(node.leave)  # LIFE-7: the peers know before the listener closes
+            services.start_soon(place.notifier.stopping, "draining")
             await drain(node.start_draining, serving, grace_s)
             services.cancel_scope.cancel()
     return 0
 
 
-async def _start_services(services: trio.Nursery, node: Node, settings: Settings) -> None:
+async def _open(services: trio.Nursery, serving: Server, listeners: Listeners, place: Place) -> None:
+    """From now on the serving port is served."""
+    await services.start(
+        partial(serving.serve, listeners.serving, place.neighbours, is_port_kept=place.is_port_kept)
+    )
+
+
+async def _wait_ready(node: Node) -> None:
+    """Waits for a worker: connections wait in the kernel meanwhile, and would be answered 503 here."""
+    with trio.move_on_after(READY_PATIENCE_S):
+        while not node.is_ready:
+            await trio.sleep(READY_LOOK_S)
+
+
+async def _start_services(services: trio.Nursery, node: Node, settings: Settings, place: Place) -> None:
     for run in node.services():
         await services.start(run)
     services.start_soon(watch_loop_delay, node.metrics)
-    services.start_soon(_reload_on_hangup, node.reload)
+    await services.start(_reload_on_hangup, node.reload, place.notifier)
     for source in node.sources:
         await services.start(source.run, node.reporter(source.name))
 
@@ -142,8 +191,11 @@ async def drain(start_draining: Callable[[], None], server: Server, grace_s: flo
     start_draining()
     server.start_draining()
     started_s = trio.current_time()
-    await trio.sleep(min(grace_s / 2, LISTENER_GRACE_MAX_S))
-    server.stop_listening()
+    open_s = min(grace_s / 2, LISTENER_GRACE_MAX_S)
+    await trio.sleep(open_s - min(open_s / 2, HANDSHAKE_S))
+    server.turn_newcomers_away()
+    await trio.sleep_until(started_s + open_s)
+    server.stop_listening(last_word_s=open_s)
     with trio.move_on_at(started_s + grace_s):
         await server.wait_closed()
         return
@@ -163,11 +215,16 @@ def _only_settings_error(group: BaseExceptionGroup[BaseException]) -> SettingsEr
     return error if isinstance(error, SettingsError) else None
 
 
-async def _reload_on_hangup(reload: Reload) -> None:
+async def _reload_on_hangup(
+    reload: Reload, notifier: Notifier, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
     """SIGHUP reloads whatever can be reloaded."""
     with trio.open_signal_receiver(signal.SIGHUP) as signals:
+        task_status.started()
         async for _ in signals:
-            reload.ask()
+            await notifier.reloading()
+            await reload.wait_reloaded()
+            await notifier.ready("serving")
 
 
 async def _exit_on_second(
@@ -177,13 +234,3 @@ async def _exit_on_second(
     task_status.started()  # it waits before a drain that takes no time can close `signals`
     await signals.__anext__()
     os._exit(EXIT_SECOND_SIGNAL)
-
-
-def _raise_file_limit() -> None:
-    """Every client and worker connection is an open file; the soft limit of shells is made for other programs."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        except (OSError, ValueError):
-            pass  # the limit stays as it is; the accept loop survives running out of files

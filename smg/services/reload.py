@@ -64,6 +64,7 @@ class Reload:
         self._seen: dict[str, _Identity] = {}
         self._complaints: dict[str, str] = {}  # part -> why it could not be reloaded
         self._asked = trio.Event()
+        self._answered = trio.Event()
 
     def add(self, part: Part) -> None:
         """Registers a part."""
@@ -73,6 +74,12 @@ class Reload:
         """Reload everything now (SIGHUP). Does not wait."""
         self._asked.set()
 
+    async def wait_reloaded(self) -> None:
+        """As `ask`, and waits until it was done or refused."""
+        answered = self._answered
+        self._asked.set()
+        await answered.wait()
+
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Watches until cancelled. The first look finds what changed while the node was starting."""
         task_status.started()
@@ -81,6 +88,8 @@ class Reload:
                 self._asked = trio.Event()
                 await trio.to_thread.run_sync(self._changed_parts, abandon_on_cancel=True)
                 await self.reload(self._parts, is_asked=True)
+                self._answered.set()
+                self._answered = trio.Event()
             elif self._parts:
                 # Each by itself: a certificate that is being replaced must not hold up a new key.
                 for part in await trio.to_thread.run_sync(self._changed_parts, abandon_on_cancel=True):

@@ -375,6 +375,22 @@ FAMILIES: tuple[Family, ...] = (
         "MET-9",
         LOOP_DELAY_BUCKETS_S,
     ),
+    Family("smg_ui_viewers", GAUGE, (), "Who looks at /ui now; 16 at most.", "section 19"),
+    # ---- the processes of --processes, told by their supervisor
+    Family(
+        "smg_process_up",
+        GAUGE,
+        ("process",),
+        "1 when the process answered the scrape in time.",
+        "section 19",
+    ),
+    Family(
+        "smg_process_restarts_total",
+        COUNTER,
+        ("process",),
+        "Times the supervisor has started the process again.",
+        "section 19",
+    ),
     Family(
         "smg_telemetry_series_folded_total",
         COUNTER,
@@ -390,6 +406,20 @@ FAMILIES: tuple[Family, ...] = (
         "TRC-1",
     ),
 )
+
+SUMMED_GAUGES: frozenset[str] = frozenset(
+    {
+        "smg_http_connections_active",
+        "smg_worker_requests_active",
+        "smg_admission_inflight",
+        "smg_cache_index_bytes",
+        "process_resident_memory_bytes",
+        "process_virtual_memory_bytes",
+        "process_open_fds",
+    }
+)
+"""Gauges that count what a process holds: with `--processes` the page shows their sum. All others say what a process sees or
+is, and keep its value under the label `process`."""
 
 BY_NAME: dict[str, Family] = {family.name: family for family in FAMILIES}
 assert len(BY_NAME) == len(FAMILIES), "a metric is declared once"

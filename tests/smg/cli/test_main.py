@@ -13,6 +13,7 @@ from smg import __version__
 from smg.cli import main as main_module
 from smg.cli.flags import Given
 from smg.cli.main import available_commands, main
+from smg.cli.place import Place
 from smg.settings import Settings
 
 
@@ -21,8 +22,10 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Settings]]:
     """The settings that reached the composition root, which is a fake that ends at once with exit code 7."""
     seen: list[Settings] = []
 
-    async def serve(settings: Settings, given: Given) -> int:
+    async def serve(settings: Settings, given: Given, place: Place) -> int:
         assert given.settings() == settings
+        assert not place.inherited.serving
+        assert not place.notifier.is_heard
         seen.append(settings)
         return 7
 
@@ -36,6 +39,20 @@ def ran(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *arguments], capture_output=True, text=True, check=False, timeout=60
     )
+
+
+def test_more_than_one_process_is_the_supervisors_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    async def supervise(settings: Settings, arguments: tuple[str, ...], place: Place) -> int:
+        seen.append((settings.listening.processes, arguments))
+        return 7
+
+    fake = types.ModuleType("smg.cli.supervisor")
+    fake.supervise = supervise  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "smg.cli.supervisor", fake)
+    assert main(["launch", "--processes", "3", "--port", "4000"]) == 7
+    assert seen == [(3, ("--processes", "3", "--port", "4000"))]
 
 
 @pytest.mark.parametrize("word", [[], ["launch"], ["start"]])
