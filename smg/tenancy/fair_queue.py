@@ -1,0 +1,141 @@
+"""Whose turn is it among the tenants of one class? Start-time fair queueing over estimated seconds of prefill.
+
+Owns who waits, in which order they came, and what each tenant has been given lately. It decides the order and nothing else:
+whether somebody may start at all is `tenancy/scheduler`'s business.
+
+Goyal, Vin and Cheng, "Start-time Fair Queueing" (SIGCOMM 1996), section 2. A request of tenant f gets a start tag
+S = max(v, F_f) and moves F_f to S + cost / weight; the smallest S goes next, and v is the S of the last one that went. So two
+tenants who both wait get service in proportion to their weights up to one request each, and one who comes back after a pause
+is next, without credit for the pause. Deviations: a request is tagged when it becomes the first of its tenant's, not when
+it comes (equal while it waits, and one that leaves costs its tenant nothing), and requests that need not wait are charged as
+well, so that a tenant who holds the engines pays for it as soon as another one comes.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from heapq import heapify, heappop, heappush
+from typing import Generic, Protocol, TypeVar
+
+FLOWS_MAX = 8_192
+"""Tenants whose last service is remembered. Above it those who wait for nothing are forgotten: to be remembered longer one
+would have to keep as many others waiting."""
+
+
+class Queued(Protocol):
+    """What waits: who pays, how many seconds it is expected to cost, with which weight, and since when."""
+
+    tenant: str
+    cost_s: float
+    weight: float
+    entered_s: float
+
+
+Q = TypeVar("Q", bound=Queued)
+
+
+class _Flow(Generic[Q]):
+    """One tenant: its waiting requests in order of arrival, and its finish tag F."""
+
+    __slots__ = ("finish", "queue", "turn")
+
+    def __init__(self) -> None:
+        self.finish = 0.0
+        self.turn = 0  # of its valid entry in the heap; 0: none
+        self.queue: OrderedDict[Q, None] = OrderedDict()
+
+
+class FairQueue(Generic[Q]):
+    """The waiting requests of one class at one gate."""
+
+    __slots__ = ("_flows", "_flows_max", "_heap", "_order", "_turns", "_virtual")
+
+    def __init__(self) -> None:
+        self._flows: dict[str, _Flow[Q]] = {}
+        self._flows_max = FLOWS_MAX
+        # (start tag, turn, tenant). An entry is valid while its flow has this turn; at most one per flow is.
+        self._heap: list[tuple[float, int, str]] = []
+        self._order: OrderedDict[Q, None] = OrderedDict()
+        self._turns = 0
+        self._virtual = 0.0
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    @property
+    def oldest(self) -> Q:
+        """Who has waited longest; there must be somebody."""
+        return next(iter(self._order))
+
+    def everybody(self) -> list[Q]:
+        """All who wait, in order of arrival."""
+        return list(self._order)
+
+    def charge(self, request: Q) -> None:
+        """`request` goes without having waited."""
+        flow = self._flows.get(request.tenant) or self._flow(request.tenant)
+        start = flow.finish
+        if start < self._virtual:
+            start = self._virtual
+        else:
+            self._virtual = start
+        flow.finish = start + request.cost_s / request.weight
+
+    def push(self, request: Q) -> None:
+        """`request` waits from now on."""
+        flow = self._flows.get(request.tenant) or self._flow(request.tenant)
+        flow.queue[request] = None
+        self._order[request] = None
+        if len(flow.queue) == 1:
+            self._enter(request.tenant, flow)
+
+    def pop(self) -> Q:
+        """Takes out whose turn it is; there must be somebody."""
+        heap, flows = self._heap, self._flows
+        while True:
+            start, turn, tenant = heappop(heap)
+            flow = flows.get(tenant)
+            if flow is not None and flow.turn == turn:
+                break
+        request, _ = flow.queue.popitem(last=False)
+        del self._order[request]
+        self._virtual = max(self._virtual, start)
+        flow.finish = start + request.cost_s / request.weight
+        flow.turn = 0
+        if flow.queue:
+            self._enter(tenant, flow)
+        return request
+
+    def remove(self, request: Q) -> None:
+        """`request` waits no more, and was not served: its tenant owes nothing for it."""
+        del self._order[request]
+        flow = self._flows[request.tenant]
+        del flow.queue[request]
+        if not flow.queue:
+            flow.turn = 0
+            if len(self._heap) > 2 * len(self._flows) + 64:  # entries of those who left are many
+                self._heap = [entry for entry in self._heap if self._is_valid(entry)]
+                heapify(self._heap)
+
+    def forget(self) -> None:
+        """The busy time is over: nobody waits and nothing is under way, so nobody owes anything."""
+        assert not self._order
+        self._flows.clear()
+        self._heap.clear()
+        self._virtual = 0.0
+
+    def _enter(self, tenant: str, flow: _Flow[Q]) -> None:
+        self._turns += 1
+        flow.turn = self._turns
+        heappush(self._heap, (max(self._virtual, flow.finish), self._turns, tenant))
+
+    def _is_valid(self, entry: tuple[float, int, str]) -> bool:
+        flow = self._flows.get(entry[2])
+        return flow is not None and flow.turn == entry[1]
+
+    def _flow(self, tenant: str) -> _Flow[Q]:
+        if len(self._flows) >= self._flows_max:
+            self._flows = {name: flow for name, flow in self._flows.items() if flow.queue}
+            self._flows_max = max(FLOWS_MAX, 2 * len(self._flows))
+        flow = self._flows[tenant] = _Flow()
+        return flow

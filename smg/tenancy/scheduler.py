@@ -1,0 +1,431 @@
+"""May this request go to a worker now, or who goes first? Classes, tenants, slots and prefill (contract ADM-6, ADM-7).
+
+Owns who holds a slot, who waits and who has to give way, exactly, whatever is cancelled when. Like `tenancy/admission` it never
+waits, wakes or sends anything: it hands out tickets and names those whose state has changed. It must never look at a request.
+
+The life of a request:
+
+    ticket = scheduler.enter(...)              raises GatewayError when it is refused (429)
+    act on each of ticket.others               who gives way to it, and who goes because of that; mostly nobody
+    if ticket.state is WAITING:                park until the ticket is named
+        on cancellation:                       act on each of scheduler.abandon(ticket, now)
+        ticket.state is EXPIRED:               raise scheduler.timeout_error()
+    ...                                        exactly one slot is held here
+    act on each of scheduler.first_byte(ticket, now)   when the answer begins
+    act on each of scheduler.leave(ticket, now, ...)   exactly once
+
+To act on a ticket is to wake it when it is ADMITTED or EXPIRED, and to interrupt it with `preempted_error()` when it is
+PREEMPTED; its slot is somebody else's by then. `expire(now)` does what time alone does, several times a second.
+
+Invariant: after every call, nobody waits who could go (docs/decisions/0008). So whoever arrives and finds room overtakes nobody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
+
+from smg.errors import GatewayError
+from smg.tenancy.admission import ADMITTED, EXPIRED, LEFT, RETRY_AFTER_S, WAITING
+from smg.tenancy.priorities import CLASS_NAMES, PREFILL_AHEAD_S, RANKS, Rules
+from smg.tenancy.slots import Gate, Slots
+
+PREEMPTED = "preempted"
+RETRY_PREEMPTED_S = 1.0
+"""`Retry-After` of a preempted request (ERR-20)."""
+
+PREEMPT_LOOKS_MAX = 64
+"""Running requests of a class that are looked at for one that can give way: newest first, so the first ones usually can."""
+
+NOBODY: Sequence[Ticket] = ()
+
+
+class Ticket:
+    """A request at the scheduler. `waiter` belongs to the gateway: whatever it wakes and interrupts the request by.
+
+    `share` is what it holds of its gate, `others` are those whom its coming has changed.
+    """
+
+    __slots__ = (
+        "admitted_s",
+        "cost_s",
+        "deadline_s",
+        "entered_s",
+        "gate",
+        "is_stream",
+        "others",
+        "rank",
+        "share",
+        "state",
+        "tenant",
+        "waiter",
+        "weight",
+    )
+
+    def __init__(
+        self,
+        gate: Gate,
+        rank: int,
+        tenant: str,
+        weight: float,
+        cost_s: float,
+        is_stream: bool,
+        waiter: object,
+        now: float,
+    ) -> None:
+        self.gate = gate
+        self.rank = rank
+        self.tenant = tenant
+        self.weight = weight
+        self.cost_s = cost_s
+        self.is_stream = is_stream
+        self.waiter = waiter
+        self.entered_s = now
+        self.admitted_s = now
+        self.deadline_s = 0.0
+        self.share = 0.0
+        self.state = WAITING
+        self.others: Sequence[Ticket] = NOBODY
+
+
+class Counts:
+    """What has happened so far, by rank: the counters of section 19."""
+
+    __slots__ = (
+        "admitted",
+        "cancelled",
+        "preempted",
+        "preemptions",
+        "promoted",
+        "refused_full",
+        "refused_late",
+    )
+
+    def __init__(self) -> None:
+        self.admitted = [0 for _ in RANKS]
+        self.refused_full = [0 for _ in RANKS]
+        self.refused_late = [0 for _ in RANKS]
+        self.preempted = [0 for _ in RANKS]
+        self.cancelled = [0 for _ in RANKS]
+        self.promoted = [0 for _ in RANKS]
+        self.preemptions: dict[tuple[int, int], int] = {}  # (victim's class, class it gave way to)
+
+
+class Scheduler:
+    """The scheduler of one node.
+
+    `may_preempt(waiter)` tells whether a running request could be told now that it has to give way: it has sent no byte
+    and waits where an interrupt reaches it.
+    """
+
+    __slots__ = ("_ahead_s", "_may_preempt", "_slots", "_waiting", "counts", "rules")
+
+    def __init__(self, rules: Rules, may_preempt: Callable[[object], bool]) -> None:
+        self.rules = rules
+        self._ahead_s = _ahead_s(rules)
+        self.counts = Counts()
+        self._may_preempt = may_preempt
+        self._slots: list[Slots] = []
+        self._waiting = [0 for _ in RANKS]
+
+    @property
+    def in_flight(self) -> list[int]:
+        """Requests that hold a slot, by rank."""
+        return [sum(slots.used[rank] for slots in self._slots) for rank in RANKS]
+
+    @property
+    def waiting(self) -> list[int]:
+        """Requests that wait, by rank."""
+        return list(self._waiting)
+
+    @property
+    def slots(self) -> Sequence[Slots]:
+        """All slots there are."""
+        return self._slots
+
+    def add(self, slots: Slots) -> None:
+        """A fleet has come."""
+        self._slots.append(slots)
+
+    def drop(self, gate: Gate) -> None:
+        """Nobody comes through `gate` any more, and nobody waits there; its slots go with their last gate."""
+        assert not gate.waiting
+        gate.slots.gates.remove(gate)
+        if not gate.slots.gates:
+            self._slots.remove(gate.slots)
+
+    def enter(
+        self, gate: Gate, rank: int, tenant: str, cost_s: float, is_stream: bool, waiter: object, now: float
+    ) -> Ticket:
+        """A request of class `rank` arrives, expected to take `cost_s` seconds of prefill.
+
+        The ticket is ADMITTED or WAITING. Raises GatewayError 429 `scheduler_queue_full` (ERR-12), and nothing has changed.
+        """
+        rules, slots = self.rules, gate.slots
+        weight = rules.weight(tenant) if rules.tenants else 1.0
+        ticket = Ticket(gate, rank, tenant, weight, cost_s, is_stream, waiter, now)
+        if gate.due_s <= now and not gate.waiting:
+            gate.release_due(now)
+        if gate.is_open() and slots.free_for(rank) > 0:
+            self._start(ticket, now)
+            return ticket
+        if rules.classes[rank].can_preempt and not any(slots.waiting[rank:]):
+            victim = self._victim(ticket)
+            if victim is not None:
+                self._give_way(victim, rank)
+                self._start(ticket, now)
+                ticket.others = (victim, *self._fill(slots, now))
+                return ticket
+        if self._waiting[rank] >= rules.classes[rank].queue_size:
+            self.counts.refused_full[rank] += 1
+            raise GatewayError(
+                429,
+                "scheduler_queue_full",
+                f"The queue of class {CLASS_NAMES[rank]} is full",
+                retry_after_s=RETRY_AFTER_S,
+            )
+        ticket.deadline_s = now + rules.classes[rank].queue_timeout_s
+        gate.queues[rank].push(ticket)
+        slots.waiting[rank] += 1
+        self._waiting[rank] += 1
+        return ticket
+
+    def first_byte(self, ticket: Ticket, now: float) -> Sequence[Ticket]:
+        """The answer begins: its prefill is over, and it can give way to nobody any more. Returns whom to act on."""
+        if ticket.state is not ADMITTED:
+            return NOBODY
+        gate = ticket.gate
+        gate.slots.preemptable[ticket.rank].pop(ticket, None)
+        if ticket.share:
+            gate.learn(ticket, now - ticket.admitted_s)
+            gate.release(ticket)
+        return self._fill(gate.slots, now)
+
+    def leave(self, ticket: Ticket, now: float, is_answered: bool = False) -> Sequence[Ticket]:
+        """A request that held a slot is over; `is_answered` when a worker did what it asked for. Returns whom to act on."""
+        if ticket.state is PREEMPTED:
+            ticket.state = LEFT  # its slot went to another
+            return NOBODY
+        assert ticket.state is ADMITTED, "only who holds a slot can leave it"
+        ticket.state = LEFT
+        gate = ticket.gate
+        slots = gate.slots
+        slots.give_back(ticket)
+        if is_answered and not ticket.is_stream:
+            gate.learn(ticket, now - ticket.admitted_s)
+        gate.release(ticket)
+        return self._fill(slots, now)
+
+    def abandon(self, ticket: Ticket, now: float) -> Sequence[Ticket]:
+        """The client of a parked request left. Right in every state. Returns whom to act on."""
+        if ticket.state is WAITING:
+            self._unqueue(ticket, LEFT)
+            self.counts.cancelled[ticket.rank] += 1
+        elif ticket.state is ADMITTED or ticket.state is PREEMPTED:
+            return self.leave(ticket, now)
+        return NOBODY
+
+    def expire(self, now: float) -> list[Ticket]:
+        """What time alone does: shares end, waits end, waits grow long. Returns whom to act on."""
+        changed: list[Ticket] = []
+        for slots in self._slots:
+            for gate in slots.gates:
+                gate.release_due(now)
+                for rank in RANKS:
+                    queue = gate.queues[rank]
+                    while queue:
+                        ticket = queue.oldest
+                        if ticket.deadline_s > now:
+                            break
+                        self._unqueue(ticket, EXPIRED)
+                        self.counts.refused_late[rank] += 1
+                        changed.append(ticket)
+            changed += self._fill(slots, now)
+            changed += self._preempt_for_waiting(slots, now)
+        return changed
+
+    def next_deadline_s(self) -> float | None:
+        """When `expire` has a wait to end, or None."""
+        found = [
+            queue.oldest.deadline_s
+            for slots in self._slots
+            for gate in slots.gates
+            for queue in gate.queues
+            if queue
+        ]
+        return min(found, default=None)
+
+    def resize(self, slots: Slots, capacity: int, now: float) -> Sequence[Ticket]:
+        """The fleet behind `slots` has changed. Returns whom to act on; call it after the gates' places were set."""
+        slots.resize(capacity, self.rules.classes)
+        return self._fill(slots, now)
+
+    def configure(self, rules: Rules, now: float) -> list[Ticket]:
+        """Other rules hold from now on; who waits goes on waiting, until the new deadlines. Returns whom to act on.
+
+        A queue that has become too small keeps whom it has. Tenants' debts stay.
+        """
+        self.rules = rules
+        self._ahead_s = _ahead_s(rules)
+        changed: list[Ticket] = []
+        for slots in self._slots:
+            for gate in slots.gates:
+                gate.widen(gate.workers, rules.prefill_ahead_s is not None)
+                for rank, queue in enumerate(gate.queues):
+                    for ticket in queue.everybody():
+                        ticket.deadline_s = ticket.entered_s + rules.classes[rank].queue_timeout_s
+            changed += self.resize(slots, slots.capacity, now)
+        return changed
+
+    def timeout_error(self) -> GatewayError:
+        """What a request that waited too long is told (ERR-14)."""
+        return GatewayError(
+            503,
+            "scheduler_queue_timeout",
+            "The request waited too long for its turn",
+            retry_after_s=RETRY_AFTER_S,
+        )
+
+    def preempted_error(self) -> GatewayError:
+        """What a request that gave way is told (ERR-20)."""
+        return GatewayError(
+            503,
+            "scheduler_preempted",
+            "The request gave way to one of a higher class",
+            retry_after_s=RETRY_PREEMPTED_S,
+            headers=(("x-smg-preempted", "true"),),
+        )
+
+    # -- who goes
+
+    def _start(self, ticket: Ticket, now: float) -> None:
+        """`ticket` goes at once, without having waited."""
+        gate = ticket.gate
+        queue = gate.queues[ticket.rank]
+        if gate.is_idle and not queue:
+            queue.forget()
+        queue.charge(ticket)
+        self._admit(ticket, now)
+
+    def _admit(self, ticket: Ticket, now: float) -> None:
+        gate, rank = ticket.gate, ticket.rank
+        ticket.state = ADMITTED
+        ticket.admitted_s = now
+        gate.slots.take(ticket)
+        gate.slots.promoted_s[rank] = now
+        gate.take(ticket, self._ahead_s, now)
+        self.counts.admitted[rank] += 1
+
+    def _fill(self, slots: Slots, now: float) -> Sequence[Ticket]:
+        """Lets everybody go who can; those who went."""
+        if not any(slots.waiting):
+            return NOBODY
+        gone = []
+        while slots.total < slots.capacity:
+            gate_and_rank = self._overdue(slots, now) or self._next(slots, now)
+            if gate_and_rank is None:
+                break
+            gate, rank = gate_and_rank
+            ticket = gate.queues[rank].pop()
+            slots.waiting[rank] -= 1
+            self._waiting[rank] -= 1
+            self._admit(ticket, now)
+            gone.append(ticket)
+        return gone
+
+    def _next(self, slots: Slots, now: float) -> tuple[Gate, int] | None:
+        """The highest class that may go, and the gate where somebody has waited longest for it."""
+        for rank in reversed(RANKS):
+            if not slots.waiting[rank]:
+                continue
+            since_s = now - self.rules.classes[rank].starvation_s
+            # Who has waited for too long may use what is reserved for others.
+            gate = self._oldest(slots, rank, now if slots.free_for(rank) > 0 else since_s)
+            if gate is not None:
+                return gate, rank
+        return None
+
+    def _overdue(self, slots: Slots, now: float) -> tuple[Gate, int] | None:
+        """The class that was given nothing for its whole bound goes before all others; of several, the one due first.
+
+        Once per bound: else a lower class with an endless queue would turn the order upside down.
+        """
+        found, due_s = None, now
+        for rank in RANKS:
+            if not slots.waiting[rank]:
+                continue
+            bound_s = self.rules.classes[rank].starvation_s
+            if slots.promoted_s[rank] + bound_s <= due_s:
+                gate = self._oldest(slots, rank, now - bound_s)
+                if gate is not None:
+                    came_s = gate.queues[rank].oldest.entered_s
+                    rank_due_s = max(slots.promoted_s[rank], came_s) + bound_s
+                    if rank_due_s <= due_s:
+                        found, due_s = (gate, rank), rank_due_s
+        if found is not None and any(slots.waiting[found[1] + 1 :]):
+            self.counts.promoted[found[1]] += 1
+        return found
+
+    def _oldest(self, slots: Slots, rank: int, until_s: float) -> Gate | None:
+        """The open gate whose longest waiting request of a class came first, and by `until_s`."""
+        found, came_s = None, until_s
+        for gate in slots.gates:
+            queue = gate.queues[rank]
+            if queue and queue.oldest.entered_s <= came_s and gate.is_open():
+                found, came_s = gate, queue.oldest.entered_s
+        return found
+
+    # -- who has to give way
+
+    def _victim(self, ticket: Ticket) -> Ticket | None:
+        """The newest request of the lowest class below the ticket's that can give way, if that lets the ticket go at once.
+
+        Where prefill is the bound and not the slots, nobody gives way: a place is free at the next first byte, and whoever
+        kills a long prefill for each short question gets no long one done at all.
+        """
+        gate, slots = ticket.gate, ticket.gate.slots
+        if slots.free_for(ticket.rank) != 0:
+            return None
+        for rank in range(ticket.rank):
+            held = slots.preemptable[rank]
+            for candidate in islice(reversed(held), PREEMPT_LOOKS_MAX):
+                share = candidate.share if candidate.gate is gate else 0.0
+                if gate.is_open(share) and self._may_preempt(candidate.waiter):
+                    return candidate
+        return None
+
+    def _give_way(self, victim: Ticket, rank: int) -> None:
+        victim.state = PREEMPTED
+        victim.gate.slots.give_back(victim)
+        victim.gate.release(victim)
+        counts = self.counts
+        counts.preempted[victim.rank] += 1
+        counts.preemptions[victim.rank, rank] = counts.preemptions.get((victim.rank, rank), 0) + 1
+
+    def _preempt_for_waiting(self, slots: Slots, now: float) -> Iterable[Ticket]:
+        """Somebody may have become able to give way since a request that may preempt came; one per class and call."""
+        changed: list[Ticket] = []
+        for rank in reversed(RANKS):
+            if not slots.waiting[rank] or not self.rules.classes[rank].can_preempt:
+                continue
+            gate = self._oldest(slots, rank, now)
+            if gate is None:
+                continue
+            ticket = gate.queues[rank].oldest
+            victim = self._victim(ticket)
+            if victim is not None:
+                self._give_way(victim, rank)
+                changed.append(victim)
+                changed += self._fill(slots, now)
+        return changed
+
+    def _unqueue(self, ticket: Ticket, state: str) -> None:
+        ticket.state = state
+        ticket.gate.queues[ticket.rank].remove(ticket)
+        ticket.gate.slots.waiting[ticket.rank] -= 1
+        self._waiting[ticket.rank] -= 1
+
+
+def _ahead_s(rules: Rules) -> float:
+    """The estimated seconds that make a place; without a bound they still tell whether prefill is under way."""
+    return PREFILL_AHEAD_S if rules.prefill_ahead_s is None else rules.prefill_ahead_s

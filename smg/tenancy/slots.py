@@ -1,0 +1,177 @@
+"""The slots and gates of the scheduler: what is taken, what is kept free for whom, and how much prefill is under way.
+
+Owns the arithmetic of two bounds. *Slots* bound the requests that are with the workers, with a reservation per class. A *gate*
+stands before a set of workers and bounds the prefill that they have not answered yet, in places: one per worker, of which a
+long prompt takes the whole and a short one its share. Who waits, and who may pass when, is `tenancy/scheduler`'s business.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from heapq import heappop, heappush
+from typing import TYPE_CHECKING
+
+from smg.tenancy.fair_queue import FairQueue
+from smg.tenancy.priorities import RANKS, ClassRules, fitted
+
+if TYPE_CHECKING:
+    from smg.tenancy.scheduler import Ticket
+
+NO_BOUND = sys.maxsize
+"""Slots where nobody set a limit."""
+
+_ROUNDING = 1e-9
+SHARE_MIN = 1 / 1024
+"""Smallest share of a place: what costs nothing by the estimate still is one more request."""
+PACE_MIN = 1 / 16
+_PACE_DOWN = 0.1
+_PACE_UP = 0.02
+"""Steps of the pace: so unequal that it follows the fastest sixth of the answers. Much makes an answer late (a long text, a
+full engine), nothing makes a prefill shorter than it is."""
+
+
+class Slots:
+    """Slots of the requests that are with workers; those of one fleet, or one number for all (`--max-concurrent-requests`).
+
+    Invariant: `total` is the sum of `used` and the number of requests that hold a slot. It is above `capacity` only after
+    the capacity has shrunk. `promoted_s` says when a class last got a slot.
+    """
+
+    __slots__ = (
+        "capacity",
+        "gates",
+        "is_shrunk",
+        "preemptable",
+        "promoted_s",
+        "reserved",
+        "total",
+        "used",
+        "waiting",
+    )
+
+    def __init__(self) -> None:
+        self.capacity = NO_BOUND
+        self.reserved: Sequence[int] = [0 for _ in RANKS]
+        self.is_shrunk = False
+        self.used = [0 for _ in RANKS]
+        self.total = 0
+        self.waiting = [0 for _ in RANKS]
+        self.promoted_s = [-math.inf for _ in RANKS]
+        self.gates: list[Gate] = []
+        # By rank, who has sent no byte yet as far as known, in order of admission.
+        self.preemptable: list[dict[Ticket, None]] = [{} for _ in RANKS]
+
+    def resize(self, capacity: int, classes: tuple[ClassRules, ...]) -> None:
+        """The fleet or the rules have changed."""
+        self.capacity = capacity
+        self.reserved, self.is_shrunk = (
+            ([0 for _ in RANKS], False) if capacity == NO_BOUND else fitted(classes, capacity)
+        )
+
+    def free_for(self, rank: int) -> int:
+        """Slots that a class may take now: all free ones but those that higher classes reserve and do not use."""
+        free = self.capacity - self.total
+        reserved, used = self.reserved, self.used
+        for higher in range(rank + 1, len(RANKS)):
+            unused = reserved[higher] - used[higher]
+            if unused > 0:
+                free -= unused
+        return free
+
+    def take(self, ticket: Ticket) -> None:
+        """`ticket` holds a slot from now on."""
+        rank = ticket.rank
+        self.used[rank] += 1
+        self.total += 1
+        self.preemptable[rank][ticket] = None
+
+    def give_back(self, ticket: Ticket) -> None:
+        """`ticket` holds its slot no more."""
+        rank = ticket.rank
+        self.used[rank] -= 1
+        self.total -= 1
+        assert self.used[rank] >= 0, "a slot came back twice"
+        self.preemptable[rank].pop(ticket, None)
+
+
+class Gate:
+    """The way to one set of workers.
+
+    `places` is the number of workers, or without bound when there is none (dispatch knows what to tell them) or none is
+    wanted. `open` is the prefill under way, in places.
+    """
+
+    __slots__ = ("_holders", "_holds", "_sequence", "open", "pace", "places", "queues", "slots", "workers")
+
+    def __init__(self, slots: Slots) -> None:
+        self.slots = slots
+        slots.gates.append(self)
+        self.workers = 0
+        self.places = math.inf
+        self.open = 0.0
+        self.queues: tuple[FairQueue[Ticket], ...] = tuple(FairQueue() for _ in RANKS)
+        self.pace = 1.0
+        self._holders = 0
+        # Shares of answers that are no streams: nothing tells when their prefill ends, so they end by the estimate.
+        self._holds: list[tuple[float, int, Ticket]] = []
+        self._sequence = 0
+
+    @property
+    def waiting(self) -> int:
+        """Requests in the queues."""
+        return sum(map(len, self.queues))
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no prefill is under way."""
+        return not self._holders
+
+    def widen(self, workers: int, is_bounded: bool) -> None:
+        """So many workers stand behind the gate now; `is_bounded`: prefill is bounded at all."""
+        self.workers = workers
+        self.places = float(workers) if workers and is_bounded else math.inf
+
+    def is_open(self, less: float = 0.0) -> bool:
+        """Whether another prefill may be sent, if `less` were not under way."""
+        return self.open - less + _ROUNDING < self.places
+
+    def take(self, ticket: Ticket, ahead_s: float, now: float) -> None:
+        """The prefill of `ticket` is under way; `ahead_s` is the estimated time that makes a whole place."""
+        cost_s = ticket.cost_s
+        share = 1.0 if cost_s >= ahead_s else max(cost_s / ahead_s, SHARE_MIN)
+        ticket.share = share
+        self.open += share
+        self._holders += 1
+        if not ticket.is_stream:
+            self._sequence += 1
+            heappush(self._holds, (now + cost_s * self.pace, self._sequence, ticket))
+
+    def release(self, ticket: Ticket) -> None:
+        """The prefill of `ticket` is over; nothing when that was known already."""
+        if ticket.share:
+            self.open -= ticket.share
+            ticket.share = 0.0
+            self._holders -= 1
+            if not self._holders:
+                self.open = 0.0  # rounding must not add up over weeks
+                self._holds.clear()
+
+    def release_due(self, now: float) -> None:
+        """Lets go of the shares whose estimated time is over."""
+        holds = self._holds
+        while holds and (holds[0][0] <= now or not holds[0][2].share):
+            self.release(heappop(holds)[2])
+
+    @property
+    def due_s(self) -> float:
+        """When the next share ends by the estimate."""
+        return self._holds[0][0] if self._holds else math.inf
+
+    def learn(self, ticket: Ticket, seconds: float) -> None:
+        """An answer began, or came whole, so long after its request was let through."""
+        if ticket.cost_s <= 0:
+            return
+        ratio = min(max(seconds / ticket.cost_s, PACE_MIN), 1.0)
+        self.pace += (_PACE_DOWN if ratio < self.pace else _PACE_UP) * (ratio - self.pace)
