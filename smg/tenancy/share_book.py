@@ -23,8 +23,12 @@ Peer = bytes
 
 GIVE_SHARE = 0.15
 GIVE_MIN = 2_000
-"""What is above one's due is given when it is more than this share of what is held, and more than this. Demand is counted
-over a second or less, so it trembles by such a share at 20 requests a second, and a gift that is on its way serves nobody."""
+"""What is above one's due is given when it is more than this share of what is held, while anybody asks, and more than this.
+Demand is counted over a second or less, so it trembles by such a share at 20 requests a second, and a gift that is on its way
+serves nobody."""
+
+IDLE_GIVE_MIN = 200
+"""The same while nobody asks: then nothing trembles, and parts become even but for this."""
 
 SHORT_MIN = 2_000
 """Less than this missing from the whole is left alone."""
@@ -49,23 +53,26 @@ class Told(msgspec.Struct, frozen=True):
 
     `epoch` is the number of this book among all of the node's; `demand` what was asked of the node lately and `held` what it
     may give out, both in parts of the limit (`demand` may be above the whole). `refill_s` is how long an empty bucket takes to
-    be full.
+    be full. `view` is a digest of the nodes that the teller reckoned with.
     """
 
     epoch: int
     demand: int
     held: int
     refill_s: float
+    view: int
     gifts: tuple[Gift, ...] = ()
 
 
 class Group(NamedTuple):
     """The nodes of this moment, without the node itself: those it hears of, and those that fell silent and may be serving
-    beyond a cut. `may_make`: this node is the one that makes anew what nobody holds."""
+    beyond a cut. `may_make`: this node is the one that makes anew what nobody holds. `view` is a digest of all of them, this
+    node included."""
 
     live: Collection[Peer]
     silent: Collection[Peer]
     may_make: bool
+    view: int
 
     @property
     def size(self) -> int:
@@ -73,10 +80,16 @@ class Group(NamedTuple):
         return 1 + len(self.live) + len(self.silent)
 
 
+def even_part(group: Group) -> int:
+    """What each node holds of a limit that nobody has divided. A little below the even part, so that it is not more than
+    what the node held when it closed its last book."""
+    return WHOLE if group.size == 1 else WHOLE // group.size - 2 * IDLE_GIVE_MIN
+
+
 class ShareBook:
     """See the module. `epoch` differs from that of every former book of the node for this limit."""
 
-    __slots__ = ("_epochs", "_gifts", "_me", "demand", "epoch", "held", "refill_s", "told")
+    __slots__ = ("_gifts", "_me", "demand", "epoch", "held", "refill_s", "told")
 
     def __init__(self, me: Peer, epoch: int, refill_s: float) -> None:
         self._me = me
@@ -91,13 +104,19 @@ class ShareBook:
 
     # -- what is said and heard
 
-    def words(self) -> Told:
+    def words(self, group: Group) -> Told:
         """What to tell the others."""
-        return Told(self.epoch, self.demand, self.held, self.refill_s, tuple(self._gifts.values()))
+        gifts = tuple(self._gifts.values())
+        return Told(self.epoch, self.demand, self.held, self.refill_s, group.view, gifts)
 
-    def hear(self, peer: Peer, told: Told) -> int:
-        """A peer's word. Accepts what it has given to this node; the tokens that came with it."""
+    def hear(self, peer: Peer, told: Told, group: Group) -> int:
+        """A peer's word. Accepts what it has given to this node; the tokens that came with it.
+
+        Of a node that is not there nothing is accepted: it may be gone, and its part made anew. Hear it again when it is.
+        """
         self.told[peer] = told
+        if peer not in group.live and peer not in group.silent:
+            return 0
         self.refill_s = told.refill_s
         ours = self._gifts.get(peer)
         if ours is not None and ours.epoch != told.epoch:
@@ -132,16 +151,20 @@ class ShareBook:
 
     def known_sum(self, group: Group) -> int:
         """Parts held by the nodes that were heard, and on their way between them. Exact for words of any age."""
-        nodes = self._nodes((*group.live, *group.silent))
+        nodes = self._nodes(group)
         return sum(_due(nodes).values())
 
     def is_complete(self, group: Group) -> bool:
-        """Was every live node heard?"""
-        return all(peer in self.told for peer in group.live)
+        """Was every live node heard since it reckons with the same nodes as this one?
+
+        Then what a node that has gone had given to it is in its word, and will be no more; so the known sum is the true one.
+        """
+        told = self.told
+        return all(peer in told and told[peer].view == group.view for peer in group.live)
 
     def begin(self, group: Group) -> None:
         """Take the part of a limit that nobody has divided yet, as far as no other node has it."""
-        self.held = min(max(WHOLE - self.known_sum(group), 0), WHOLE // group.size)
+        self.held = min(max(WHOLE - self.known_sum(group), 0), even_part(group))
 
     def missing(self, group: Group) -> int:
         """Parts that nobody holds, 0 while it is not for this node to say so."""
@@ -156,7 +179,7 @@ class ShareBook:
 
     def give_up(self, group: Group) -> int:
         """Two meshes, or two books, have met, and together hold more than the whole: our part of what is too much."""
-        nodes = self._nodes((*group.live, *group.silent))
+        nodes = self._nodes(group)
         due = _due(nodes)
         too_much = sum(due.values()) - WHOLE
         if too_much <= 0:
@@ -176,12 +199,13 @@ class ShareBook:
 
         The gifts are to be written down with `hand_over`.
         """
-        nodes = self._nodes((*group.live, *group.silent))
+        nodes = self._nodes(group)
         due = _due(nodes)
         side = due[self._me] + sum(due[peer] for peer in group.live if peer in due)
         excess = self._excess(nodes, due, group, side)
         mine = min(excess[self._me], self.held)
-        if mine <= GIVE_MIN + GIVE_SHARE * self.held:
+        is_asked = any(node.demand for node in nodes.values())
+        if mine <= (GIVE_MIN + GIVE_SHARE * self.held if is_asked else IDLE_GIVE_MIN):
             return {}
         lacks = {peer: -parts for peer, parts in excess.items() if parts < 0}
         lacking = sum(lacks.values())
@@ -202,14 +226,14 @@ class ShareBook:
             )
 
     def is_even(self, group: Group) -> bool:
-        """Does nobody ask, and is what is held about what a node begins with?"""
+        """Is nobody cut off, does nobody ask, and is what is held what a node begins with, or nearly?"""
         is_idle = not self.demand and not any(told.demand for told in self.told.values())
-        even = WHOLE // group.size
-        return is_idle and abs(self.held - even) <= GIVE_MIN + 2 * GIVE_SHARE * even
+        spread = self.held - even_part(group)
+        return is_idle and not group.silent and 0 <= spread <= 4 * IDLE_GIVE_MIN
 
-    def _nodes(self, peers: Collection[Peer]) -> dict[Peer, Told]:
-        nodes = {peer: self.told[peer] for peer in peers if peer in self.told}
-        nodes[self._me] = self.words()
+    def _nodes(self, group: Group) -> dict[Peer, Told]:
+        nodes = {peer: self.told[peer] for peer in (*group.live, *group.silent) if peer in self.told}
+        nodes[self._me] = self.words(group)
         return nodes
 
     def _excess(

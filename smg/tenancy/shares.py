@@ -28,9 +28,10 @@ import math
 from collections.abc import Collection, Iterable, Iterator
 from hashlib import blake2b
 from typing import NamedTuple, Protocol
+from zlib import crc32
 
 from smg.tenancy.bucket import TokenBucket
-from smg.tenancy.share_book import WHOLE, Group, Peer, ShareBook, Told
+from smg.tenancy.share_book import WHOLE, Group, Peer, ShareBook, Told, even_part
 
 DIVIDE = "divide"
 LOCAL = "local"
@@ -53,8 +54,6 @@ DEMAND_MAX = 1000 * WHOLE
 DEMAND_STEP = 0.1
 """A change of demand by less than this share is not told."""
 
-MAKE_AFTER_S = 0.5
-"""What nobody holds is made anew when it has been missing for so long: longer than a word takes to cross."""
 IDLE_AFTER_S = 2.0
 """A book is closed when nobody has asked for so long."""
 LOOK_S = 0.25
@@ -197,6 +196,12 @@ class AbsentLimit:
         self._balance = min(self.balance(now) + amount, self._fraction)
 
 
+def _group(me: Peer, live: Collection[Peer], silent: Collection[Peer]) -> Group:
+    """The group of these; its view is equal at two nodes when they reckon with the same ones."""
+    view = crc32(b"\0".join(sorted((me, *live, *silent))))
+    return Group(tuple(sorted(live)), tuple(sorted(silent)), not live or me < min(live), view)
+
+
 class _Entry:
     """One limit and its book."""
 
@@ -208,7 +213,6 @@ class _Entry:
         "is_stirred",
         "limit",
         "look_s",
-        "missing_since_s",
         "rate",
         "removed",
         "said",
@@ -228,7 +232,6 @@ class _Entry:
         self.asked_s = -math.inf
         self.used_s = now
         """When anybody was last known to ask."""
-        self.missing_since_s: float | None = None
         self.said: Told | None = None
         self.tokens = 0
         self.removed: set[Peer] = set()
@@ -244,8 +247,7 @@ class Shares:
         self._epoch = epoch
         self._entries: dict[bytes, _Entry] = {}
         self._gone_words: list[bytes] = []
-        self._group = Group((), (), True)
-        self._known: frozenset[Peer] = frozenset()
+        self._group = _group(me, (), ())
         self._started_s = now
         self._met_s: float | None = None
         self._is_settled = False
@@ -270,19 +272,12 @@ class Shares:
                 if self._met_s is None
                 else now - self._met_s >= ACQUAINTED_AFTER_S
             )
-        group = Group(tuple(sorted(live)), tuple(sorted(silent)), not live or self._me < min(live))
+        group = _group(self._me, live, silent)
         if group != self._group:
+            before = frozenset((*self._group.live, *self._group.silent))
             self._group = group
-            known = frozenset((*live, *silent))
-            gone = self._known - known
-            self._known = known
             for entry in self._entries.values():
-                entry.is_stirred = True
-                for peer in gone:
-                    entry.book.forget(peer)
-                if entry.book.has_dealt_with(gone):
-                    entry.book.renew(self._next_epoch())
-                self._spread(entry, now)
+                self._regroup(entry, before, now)
         self._spread_even(now)
 
     def hear(self, peer: Peer, ref: bytes, told: Told, now: float) -> None:
@@ -296,11 +291,7 @@ class Shares:
             limit = next((limit for limit in found if limit is not None), None)
             entry = self._open(ref, limit or AbsentLimit(self._even, told.refill_s, now), told.refill_s, now)
         entry.removed.discard(peer)
-        entry.is_stirred = True
-        tokens = entry.book.hear(peer, told)
-        self._spread(entry, now)
-        if tokens:
-            entry.limit.give_back(tokens / WHOLE * entry.limit.capacity, now)
+        self._hear(entry, peer, told, now)
 
     def hear_end(self, peer: Peer, ref: bytes) -> None:
         """A peer's word is gone: it has closed its book, or it is lost. Which of the two is told by `meet`."""
@@ -380,6 +371,26 @@ class Shares:
 
     # -- rooms inside
 
+    def _hear(self, entry: _Entry, peer: Peer, told: Told, now: float) -> None:
+        entry.is_stirred = True
+        tokens = entry.book.hear(peer, told, self._group)
+        self._spread(entry, now)
+        if tokens:
+            entry.limit.give_back(tokens / WHOLE * entry.limit.capacity, now)
+
+    def _regroup(self, entry: _Entry, before: frozenset[Peer], now: float) -> None:
+        """Other nodes are there than before."""
+        known = frozenset((*self._group.live, *self._group.silent))
+        for peer in before - known:
+            entry.book.forget(peer)
+        if entry.book.has_dealt_with(before - known):
+            entry.book.renew(self._next_epoch())
+        for peer in known - before:
+            if peer in entry.book.told:
+                self._hear(entry, peer, entry.book.told[peer], now)
+        entry.is_stirred = True
+        self._spread(entry, now)
+
     def _open(self, ref: bytes, limit: SharedLimit, refill_s: float, now: float) -> _Entry:
         book = ShareBook(self._me, self._next_epoch(), refill_s)
         entry = self._entries[ref] = _Entry(book, limit, self._even, now)
@@ -434,21 +445,11 @@ class Shares:
             if self._is_settled:
                 book.begin(group)
         elif not book.give_up(group) and self._is_settled:
-            self._make(entry, now)
+            book.make(book.missing(group))
         gifts = book.give(group)
         tokens = self._spread(entry, now, book.held - sum(gifts.values()))
         if gifts:
             book.hand_over(gifts, tokens)
-
-    def _make(self, entry: _Entry, now: float) -> None:
-        missing = entry.book.missing(self._group)
-        if not missing:
-            entry.missing_since_s = None
-        elif entry.missing_since_s is None:
-            entry.missing_since_s = now
-        elif now - entry.missing_since_s >= MAKE_AFTER_S:
-            entry.missing_since_s = None
-            entry.book.make(missing)
 
     def _may_close(self, entry: _Entry, now: float) -> bool:
         is_idle = now - entry.used_s >= IDLE_AFTER_S and entry.book.is_even(self._group)
@@ -470,7 +471,7 @@ class Shares:
         self._gone_words.clear()
         room = WORDS_PER_STEP_MAX
         for ref, entry in list(self._entries.items()):
-            words = entry.book.words()
+            words = entry.book.words(self._group)
             if words == entry.said:
                 continue
             if not room:
@@ -506,7 +507,7 @@ class Shares:
 
     def _spread_even(self, now: float) -> None:
         """Set the buckets of limits that nobody has divided, when an even part is another one now."""
-        even = self._fraction(1.0 / self._group.size if self._is_settled else 0.0)
+        even = self._fraction(even_part(self._group) / WHOLE if self._is_settled else 0.0)
         if even == self._even:
             return
         self._even = even
