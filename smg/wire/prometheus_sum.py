@@ -39,6 +39,7 @@ class Totals:
     """
 
     def __init__(self, summed_gauges: Collection[str], label: str = "process") -> None:
+        self._start = label.encode() + b'="'
         self._summed = frozenset(name.encode() for name in summed_gauges)
         self._label = label
         self._pages: dict[str, _Page] = {}
@@ -72,6 +73,10 @@ class Totals:
         while len(past) > PAST_SERIES_MAX:
             del past[next(iter(past))]
 
+    def _has_label(self, labels: bytes) -> bool:
+        """Whether the page tells processes apart itself. A quote inside a value is escaped, so this finds labels only."""
+        return labels.startswith(self._start) or b"," + self._start in labels
+
     def render(self, fresh: Collection[str]) -> bytes:
         """One page of all. Gauges are those of the `fresh` processes, which have just answered; counts those of all."""
         comments: dict[bytes, list[bytes]] = {}
@@ -83,7 +88,7 @@ class Totals:
                 if not is_count:
                     if process not in fresh:
                         continue
-                    if family not in self._summed:
+                    if family not in self._summed and not self._has_label(labels):
                         labels = labels + b"," + own if labels else own
                 comments.setdefault(family, page.comments.get(family, []))
                 found = sums.setdefault(family, {})

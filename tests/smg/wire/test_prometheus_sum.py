@@ -121,6 +121,13 @@ def test_label_values_with_braces_quotes_and_line_ends_pass() -> None:
     assert found["y", 'p"1'] == 0.001
 
 
+def test_a_series_that_names_its_process_itself_is_left_as_it_is() -> None:
+    text = totals(supervisor=b'# TYPE up gauge\nup{process="0"} 1\nup{x="1",process="1"} 0\n').render(
+        {"supervisor"}
+    )
+    assert b'up{process="0"} 1\nup{x="1",process="1"} 0\n' in text
+
+
 def test_infinities_and_nan_are_written_as_prometheus_reads_them() -> None:
     text = totals(a=b"# TYPE x gauge\nx +Inf\n# TYPE y gauge\ny NaN\n# TYPE z gauge\nz -Inf\n").render({"a"})
     assert b"} +Inf\n" in text and b"} NaN\n" in text and b"} -Inf\n" in text
