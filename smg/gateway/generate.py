@@ -201,7 +201,6 @@ class Generate:
         now = self._readiness.now_s
         if isinstance(error, GatewayError):
             status, code = error.status, error.code
-            self._accounts.mark(exchange, "" if call is None else call.model, error, now)
         elif isinstance(error, ClientGone):
             status, code = CLIENT_GONE_STATUS, "client_gone"
         elif isinstance(error, ShuttingDown):
@@ -211,6 +210,8 @@ class Generate:
             status, code = 500, "internal_error"
         if call is not None and lane is not None:
             self._accounts.failed(exchange, call, lane, reservation, status == CLIENT_GONE_STATUS, now)
+        if isinstance(error, GatewayError):
+            self._accounts.mark(exchange, "" if call is None else call.model, error, now)
         duration_s = now - exchange.started_s
         if lane is not None:
             lane.failed(status, code, duration_s)
