@@ -66,6 +66,9 @@ def warnings(settings: Settings) -> list[str]:
         found.append(
             f"--disable-load-monitoring: {settings.routing.policy} then sees only the requests of this node, not the engines' load"
         )
+    limits = settings.limits
+    if limits.priority_scheduler_config is not None and not limits.priority_scheduler_enabled:
+        found.append("--priority-scheduler-config: has no effect without --priority-scheduler-enabled")
     auth = settings.auth
     if (
         auth.tenant_api_key

@@ -466,6 +466,29 @@ class Limits(Group, frozen=True, kw_only=True):
             doc="Requests and tokens per minute of each tenant, and of models of theirs (YAML). Read again when it changes.",
         ),
     ] = None
+    priority_scheduler_enabled: Annotated[
+        bool,
+        Flag(
+            doc="Requests have classes (X-SMG-Priority) and wait in order of class, and of a class in turn of tenants, when the "
+            "workers are full or busy with prefill (ADM-6). It takes the place of --queue-size and --queue-timeout-secs."
+        ),
+    ] = False
+    priority_scheduler_config: Annotated[
+        str | None,
+        Flag(
+            metavar="FILE",
+            shown_default="built-in classes, all tenants alike",
+            doc="The classes' reservations, queues and bounds, and the tenants' highest classes and weights (YAML). Read again "
+            "when it changes.",
+        ),
+    ] = None
+    priority_scheduler_default_max_class: Annotated[
+        str,
+        Flag(
+            choices=("bulk", "default", "interactive", "system"),
+            doc="The highest class of tenants for whom the file says nothing: whoever may name a class would name the highest.",
+        ),
+    ] = "default"
 
     def in_flight_max(self, cores: int) -> int | None:
         """Most inference requests in flight on a machine with so many cores; None means no limit."""

@@ -6,6 +6,7 @@ sent them (UP-1). Prompt text is worked out on first use, because most policies 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from smg.api.endpoints import Endpoint
@@ -24,16 +25,20 @@ class Call:
     `model` is the canonical name (aliases resolved, MOD-4), empty when the client gave none and none is needed.
     `body` are the client's bytes; `document` the decoded JSON object ({} for multipart bodies).
     `routing_key` is the sticky key of RT-5 or None; `target` the value of `X-SMG-Target-Worker` (RT-4) or None.
-    `told` is what the last attempt found out about its answer (`gateway/relay.Told`), None before any has ended.
+    `told` is what the last attempt found out about its answer (`gateway/relay.Told`), None before any has ended. `begun`
+    is to be called with the time when the body of a streamed answer begins; `queued_s` is what the call has waited for its
+    turn.
     """
 
     __slots__ = (
         "_text",
+        "begun",
         "body",
         "document",
         "endpoint",
         "is_stream",
         "model",
+        "queued_s",
         "request_id",
         "routing_key",
         "target",
@@ -60,6 +65,8 @@ class Call:
         self.target = target
         self.request_id = request_id
         self.told: Any = None
+        self.begun: Callable[[float], None] | None = None
+        self.queued_s = 0.0
         self._text: str | None = None
 
     def text(self) -> str:

@@ -10,8 +10,6 @@ from __future__ import annotations
 from smg.settings_flag import env_name
 
 _NAMES = """
-priority-scheduler-enabled priority-scheduler-config priority-scheduler-default-max-class
-
 selector prefill-selector decode-selector router-selector service-discovery-port service-discovery-namespace
 model-id-from
 

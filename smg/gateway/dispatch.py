@@ -282,6 +282,8 @@ class Dispatch:
 
             def first_byte(now: float) -> None:
                 policy.first_byte(call, worker, now - started_s, now)
+                if call.begun is not None:
+                    call.begun(now)
 
             await relay_stream(
                 exchange, upstream, lines.id_line, call.endpoint.dialect, self._bounds, told, first_byte

@@ -62,6 +62,8 @@ CODES: tuple[ErrorCode, ...] = (
     ErrorCode("rate_limit_exceeded", (429,), LOAD, "More requests per second than `--rate-limit-tokens-per-second`.", _LATER, "ERR-13"),
     ErrorCode("admission_queue_timeout", (503,), LOAD, "The request waited `--queue-timeout-secs` in the queue.", _LATER, "ERR-14"),
     ErrorCode("worker_overload_protection_shed", (503,), LOAD, "Every worker is over the overload limits, and `--worker-overload-shed` is on.", _LATER, "ERR-19"),
+    ErrorCode("scheduler_queue_full", (429,), LOAD, "The queue of the request's class is full (`--priority-scheduler-config`).", _LATER, "ERR-12"),
+    ErrorCode("scheduler_queue_timeout", (503,), LOAD, "The request waited as long for its turn as its class may.", _LATER, "ERR-14"),
     ErrorCode("scheduler_preempted", (503,), LOAD, "The request gave way to one of a higher class; no byte of an answer was sent.", _LATER, "ERR-20"),
     ErrorCode("call_upstream_connection_failed", (502,), LOAD, "No worker that was tried could be connected to.", _RESEND, "ERR-16"),
     ErrorCode("call_upstream_response_failed", (502,), LOAD, "The worker closed the connection, or broke the protocol, before it answered.", _RESEND, "ERR-17"),

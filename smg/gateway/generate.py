@@ -121,7 +121,7 @@ class Generate:
                 if next_ticket is not None:
                     self._wake(next_ticket)
             now = readiness.now_s
-            lane.series.finished(status, "", now - exchange.started_s, queued_s)
+            lane.series.finished(status, "", now - exchange.started_s, queued_s or call.queued_s)
             accounts.answered(exchange, call, lane, reservation, status, now)
         except Exception as error:
             self._failed(exchange, endpoint, call, lane, reservation, error)

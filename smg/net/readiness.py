@@ -194,6 +194,11 @@ class Parking:
             self._raise_pending()
         return None
 
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the task is parked now: only then does `interrupt` reach it before it runs any further."""
+        return self._waiting
+
     def wake(self) -> None:
         """Ends the wait with True; nothing when nobody waits."""
         if self._waiting:

@@ -179,8 +179,11 @@ class Admission:
         return None
 
 
-def admission_of(limits: Limits, cores: int, now: float) -> Admission:
-    """The door that the command line asks for: burst of the rate is max(1, rate), never above the slots (ADM-3)."""
+def admission_of(limits: Limits, cores: int, now: float, *, has_scheduler: bool = False) -> Admission:
+    """The door that the command line asks for: burst of the rate is max(1, rate), never above the slots (ADM-3).
+
+    `has_scheduler`: slots and queues are the scheduler's; the rate stays here.
+    """
     in_flight_max = limits.in_flight_max(cores)
     rate_per_s = limits.requests_per_second()
     bucket = None
@@ -188,4 +191,4 @@ def admission_of(limits: Limits, cores: int, now: float) -> Admission:
         burst = max(1.0, rate_per_s)
         burst = burst if in_flight_max is None else min(burst, in_flight_max)
         bucket = TokenBucket(rate_per_s, burst, now, RATE_KEY)
-    return Admission(in_flight_max, limits.queue_size, limits.queue_timeout_secs, bucket)
+    return Admission(None if has_scheduler else in_flight_max, limits.queue_size, limits.queue_timeout_secs, bucket)
