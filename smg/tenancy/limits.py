@@ -13,7 +13,8 @@ It never waits, never refuses by HTTP (the gateway words the 429) and never know
 
 The cluster's side (`tenancy/shares`, `bridge/limits`): `TenantLimits.buckets` are all there are now, `Bucket.key` is the same
 on every node, `Bucket.read_demand` tells what was asked here since it was last read, and `Bucket.set_share` makes the bucket
-the given part of the whole limit. Buckets that are made later begin with `TenantLimits.first_share`.
+the given part of the whole limit. `TenantLimits.first` says what buckets begin with that are made later, and
+`TenantLimits.asked` which were asked lately, so that nobody has to look at all of them.
 """
 
 from __future__ import annotations
@@ -48,7 +49,13 @@ RETRY_AFTER_MAX_S = 3600.0
 SHARE_WAIT_S = 1.0
 """When to come back to a node whose share is nothing: what was asked of it moves shares there within a round of gossip."""
 
+ASKED_MAX = 65_536
+"""Buckets remembered as asked until somebody looks: ten times a second in a cluster, so this is never reached there."""
+
 SECONDS_PER_MINUTE = 60.0
+
+First = Callable[[bytes, float], tuple[float, float]]
+"""(key, now) → what a new bucket begins with: its part of the limit, and its balance in parts of a full bucket."""
 
 SLACK = 1e-6
 """What may be missing from a bucket: refilling is float arithmetic, and a client that comes back exactly when it was told to
@@ -100,6 +107,16 @@ class Bucket:
         self._balance = balance
         self.per_minute = per_minute
         self._spread(share)
+
+    @property
+    def capacity(self) -> float:
+        """Tokens in a full bucket of the whole limit."""
+        return self.per_minute
+
+    @property
+    def refill_s(self) -> float:
+        """How long it takes until an empty one is full."""
+        return SECONDS_PER_MINUTE
 
     def balance(self, now: float) -> float:
         """What there is now, negative for a debt; also brings the bucket up to date."""
@@ -228,11 +245,15 @@ class Account:
         """All that were needed so far."""
         return self._buckets.values()
 
-    def for_model(self, model: str, share: float, now: float) -> tuple[Bucket, ...]:
+    def bucket(self, rule_id: str, kind: str) -> Bucket | None:
+        """One of these."""
+        return self._buckets.get((rule_id, kind))
+
+    def for_model(self, model: str, first: First, now: float) -> tuple[Bucket, ...]:
         """The buckets that a request for a model must pass; empty when nothing limits it."""
         found = self._for_model.get(model)
         if found is None:
-            found = self._find(model, share, now)
+            found = self._find(model, first, now)
             if len(self._for_model) >= MODELS_REMEMBERED:
                 self._for_model.clear()
             self._for_model[model] = found
@@ -258,32 +279,37 @@ class Account:
             elif self._buckets[key].per_minute != limits[key]:
                 self._buckets[key].set_limit(now, limits[key])
 
-    def _find(self, model: str, share: float, now: float) -> tuple[Bucket, ...]:
+    def _find(self, model: str, first: First, now: float) -> tuple[Bucket, ...]:
         rule = self.plan.rule_for(model)
-        found = [self._bucket("", kind, per_minute, share, now) for kind, per_minute in _kinds(self.plan)]
+        found = [self._bucket("", kind, per_minute, first, now) for kind, per_minute in _kinds(self.plan)]
         if rule is not None:
             found += [
-                self._bucket(rule.rule_id, kind, per_minute, share, now) for kind, per_minute in _kinds(rule)
+                self._bucket(rule.rule_id, kind, per_minute, first, now) for kind, per_minute in _kinds(rule)
             ]
         return tuple(found)
 
-    def _bucket(self, rule_id: str, kind: str, per_minute: int, share: float, now: float) -> Bucket:
+    def _bucket(self, rule_id: str, kind: str, per_minute: int, first: First, now: float) -> Bucket:
         bucket = self._buckets.get((rule_id, kind))
         if bucket is None:
             key = b"\0".join((self.name.encode(), rule_id.encode(), kind.encode()))
-            bucket = self._buckets[rule_id, kind] = Bucket(key, kind, per_minute, share, now)
+            share, part = first(key, now)
+            bucket = self._buckets[rule_id, kind] = Bucket(
+                key, kind, per_minute, share, now, part * per_minute
+            )
         return bucket
 
 
 class TenantLimits:
     """The limits of all tenants of one node.
 
-    `first_share` is the part of its limit that a bucket begins with; a node of a cluster sets it to what it may give out of
-    a limit that nobody has divided yet. `tenants_max` bounds how many tenants without a plan of their own are remembered.
+    `first` is what a bucket begins with: full, and the whole of its limit; a node of a cluster begins with its part.
+    `heeds_demand`: remember which buckets were asked. `tenants_max` bounds how many tenants without a plan of their own are remembered.
     """
 
     def __init__(self, plans: Plans, *, tenants_max: int = TENANTS_MAX) -> None:
-        self.first_share = 1.0
+        self.first: First = _whole
+        self.heeds_demand = False
+        self._asked: dict[Bucket, None] = {}
         self._tenants_max = tenants_max
         self._plans = plans
         self._named = {tenant.tenant_key: Account(tenant.tenant_key, tenant.plan) for tenant in plans.tenants}
@@ -309,6 +335,21 @@ class TenantLimits:
         if self._overflow is not None:
             yield from self._overflow.buckets()
 
+    def asked(self) -> Iterable[Bucket]:
+        """The buckets that were asked since this was last called."""
+        asked, self._asked = self._asked, {}
+        return asked
+
+    def find(self, key: bytes) -> Bucket | None:
+        """The bucket with this key, if it is here."""
+        tenant, _, rest = key.partition(b"\0")
+        rule_id, _, kind = rest.partition(b"\0")
+        name = tenant.decode("utf-8", "replace")
+        account = self._named.get(name) or self._others.get(name)
+        if account is None:
+            return None
+        return account.bucket(rule_id.decode("utf-8", "replace"), kind.decode("utf-8", "replace"))
+
     def reserve(
         self, tenant: str, model: str, estimate: Callable[[], float], now: float
     ) -> Reservation | None:
@@ -319,9 +360,11 @@ class TenantLimits:
         account = self._named.get(tenant) or self._others.get(tenant) or self._new(tenant, now)
         if account is None:
             return None
-        buckets = account.for_model(model, self.first_share, now)
+        buckets = account.for_model(model, self.first, now)
         if not buckets:
             return None
+        if self.heeds_demand and len(self._asked) < ASKED_MAX:
+            self._asked.update(dict.fromkeys(buckets))
         fits = True
         tokens = -1.0
         for bucket in buckets:
@@ -344,7 +387,7 @@ class TenantLimits:
         account = self._named.get(tenant) or self._others.get(tenant) or self._new(tenant, now)
         found: dict[str, Allowance] = {}
         if account is not None:
-            for bucket in account.for_model(model, self.first_share, now):
+            for bucket in account.for_model(model, self.first, now):
                 allowance = Allowance(bucket, now)
                 known = found.get(bucket.kind)
                 if known is None or allowance.remaining < known.remaining:
@@ -394,6 +437,11 @@ class TenantLimits:
                 return True
             self._others[name] = account
         return False
+
+
+def _whole(key: bytes, now: float) -> tuple[float, float]:
+    """What a bucket of a node that is alone begins with."""
+    return 1.0, 1.0
 
 
 def _kinds(limits: Plan | Rule) -> Iterator[tuple[str, int]]:

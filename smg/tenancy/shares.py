@@ -111,7 +111,7 @@ class SharedLimit(Protocol):
 class LimitSource(Protocol):
     """A room with limits in it."""
 
-    def limits(self) -> Iterable[SharedLimit]:
+    def buckets(self) -> Iterable[SharedLimit]:
         """All that there are now."""
         ...
 
@@ -132,7 +132,7 @@ class OneLimit:
     def __init__(self, limit: TokenBucket) -> None:
         self._limit = limit
 
-    def limits(self) -> Iterable[SharedLimit]:
+    def buckets(self) -> Iterable[SharedLimit]:
         """See `LimitSource`."""
         return (self._limit,)
 
@@ -328,13 +328,24 @@ class Shares:
         """This node is in no mesh any more and goes on serving: no limit of it is less than an even part."""
         even = 1.0 / self._group.size
         for source in self._sources:
-            for limit in source.limits():
+            for limit in source.buckets():
                 entry = self._entries.get(ref_of(limit.key))
                 limit.set_share(now, max(even, entry.fraction if entry is not None else 0.0))
         self._entries.clear()
         self._even = even
 
+    def was_not_told(self, ref: bytes) -> None:
+        """The last word on this limit found no room; it is to be told again."""
+        entry = self._entries.get(ref)
+        if entry is not None:
+            entry.said = None
+
     # -- for those who look
+
+    @property
+    def me(self) -> Peer:
+        """This node's life."""
+        return self._me
 
     @property
     def even(self) -> float:
@@ -512,6 +523,6 @@ class Shares:
             return
         self._even = even
         for source in self._sources:
-            for limit in source.limits():
+            for limit in source.buckets():
                 if ref_of(limit.key) not in self._entries:
                     limit.set_share(now, even)

@@ -328,7 +328,7 @@ def test_a_debt_stays_whatever_the_share():
 
 def test_what_is_larger_than_the_share_enters_when_the_bucket_is_full_and_is_owed():
     limits = one(tokens=60)
-    limits.first_share = 0.5
+    limits.first = lambda key, now: (0.5, 0.5)
     assert reserve(limits, 0.0, 50) is not None
     assert balances(limits, 0.0)[b"auth:red\0\0tokens"] == -20.0
     refused(limits, 99.9, 50)
@@ -433,7 +433,7 @@ def test_without_debts_no_more_is_admitted_than_burst_and_rate(asked: list[tuple
 def test_two_nodes_whose_shares_wander_admit_the_limit_together(steps: list[tuple[float, int, float]]):
     nodes = [one(requests=30), one(requests=30)]
     for node in nodes:
-        node.first_share = 0.5
+        node.first = lambda key, now: (0.5, 0.5)
         reserve(node, 0.0).refund(0.0)  # type: ignore[union-attr]
     now, admitted = 0.0, 0
     for pause_s, place, share in steps:
@@ -448,3 +448,26 @@ def test_two_nodes_whose_shares_wander_admit_the_limit_together(steps: list[tupl
                 break
         # One request per node may be let in by a bucket that is full with less than one.
         assert admitted <= 30 + now / 2 + 2 + 1e-6
+
+
+def test_buckets_that_were_asked_are_told_once_and_only_to_those_who_want_to_know():
+    limits = one(requests=60, tokens=600)
+    reserve(limits, 0.0, 10)
+    assert not list(limits.asked())
+    limits.heeds_demand = True
+    reserve(limits, 0.0, 10)
+    assert {bucket.kind for bucket in limits.asked()} == {REQUESTS, TOKENS}
+    assert not list(limits.asked())
+
+
+def test_a_bucket_is_found_by_its_key_and_begins_with_what_it_is_given():
+    limits = one(tokens=600)
+    limits.first = lambda key, now: (0.5, 0.1) if key == b"auth:red\0\0tokens" else (1.0, 1.0)
+    assert limits.find(b"auth:red\0\0tokens") is None
+    reserve(limits, 0.0, 10)
+    found = limits.find(b"auth:red\0\0tokens")
+    assert found is not None
+    assert (found.burst, found.balance(0.0)) == (300.0, 50.0)
+    assert (found.capacity, found.refill_s) == (600.0, 60.0)
+    assert limits.find(b"auth:red\0\0requests") is None
+    assert limits.find(b"auth:nobody\0\0tokens") is None
