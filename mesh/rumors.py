@@ -19,11 +19,13 @@ OWN_HEAD_START = 2
 
 
 def transmit_limit(mult: float, members: int) -> int:
-    """How often each member tells a rumor: mult * ceil(log10(N + 1)) (SWIM section 4.1, memberlist's constant).
+    """How often each member tells a rumor: mult * (1 + log10 N), and never less than for ten members.
 
-    Never less than for ten members: with fewer, four tellings each miss someone in one of fifty cases.
+    SWIM's lambda log N (section 4.1) without memberlist's steps, equal to them at powers of ten. With m tellings by
+    each, a rumor misses somebody in about N * exp(-m) of all cases. ceil(log10(N + 1)) gives 64 members no more
+    tellings than ten, and somebody did not hear of one death in fifty, but waited for its own suspicion or a repair.
     """
-    return math.ceil(mult * max(2, math.ceil(math.log10(members + 1))))
+    return math.ceil(mult * max(2.0, 1.0 + math.log10(max(1, members))))
 
 
 class _Rumor:

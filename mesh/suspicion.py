@@ -13,8 +13,9 @@ from mesh.settings import SwimSettings
 
 def suspicion_min_s(settings: SwimSettings, members: int, has_eof: bool) -> float:
     """Shortest life of a suspicion in seconds, for a mesh of `members` (ourselves included)."""
-    mult = settings.suspicion_mult_eof if has_eof else settings.suspicion_mult
-    return mult * max(1.0, math.log10(max(1, members))) * settings.probe_interval_s
+    if has_eof:
+        return settings.suspicion_mult_eof * settings.probe_interval_s
+    return settings.suspicion_mult * max(1.0, math.log10(max(1, members))) * settings.probe_interval_s
 
 
 class Suspicion:

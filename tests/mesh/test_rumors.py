@@ -16,7 +16,14 @@ def _doubt(name: str, accuser: str = "a") -> Accusation:
 
 
 def test_the_limit_grows_with_the_logarithm_and_has_a_floor() -> None:
-    assert [transmit_limit(4.0, members) for members in (1, 3, 10, 99, 100, 1000)] == [8, 8, 8, 8, 12, 16]
+    assert [transmit_limit(4.0, members) for members in (1, 3, 10, 99, 100, 1000)] == [8, 8, 8, 12, 12, 16]
+
+
+def test_a_rumor_misses_somebody_in_less_than_one_of_a_thousand_cases() -> None:
+    for members in range(11, 1001):
+        # each of the others tells `limit` members of the ring, nobody twice
+        is_missed_by_one = 1 - transmit_limit(4.0, members) / (members - 1)
+        assert members * is_missed_by_one ** (members - 2) < 1e-3
 
 
 def test_a_rumor_is_told_as_often_as_the_limit_says() -> None:

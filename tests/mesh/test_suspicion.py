@@ -15,7 +15,10 @@ SETTINGS = SwimSettings(suspicion_mult=4.0)
 def test_the_minimum_grows_with_the_logarithm_of_the_members() -> None:
     assert suspicion_min_s(SETTINGS, 3, False) == suspicion_min_s(SETTINGS, 10, False) == 2.0
     assert suspicion_min_s(SETTINGS, 1000, False) == pytest.approx(6.0)
-    assert suspicion_min_s(SETTINGS, 3, True) == 1.5
+
+
+def test_the_end_of_a_stream_is_waited_upon_as_long_among_many_as_among_few() -> None:
+    assert [suspicion_min_s(SETTINGS, members, True) for members in (1, 3, 64, 1000)] == [1.5] * 4
 
 
 def test_three_members_have_nobody_to_confirm_so_the_minimum_holds() -> None:
