@@ -8,9 +8,11 @@ refused rule, repair by fingerprint, and (unless `memberlist+redial`) the re-dia
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from random import Random
 from typing import Any
 
@@ -71,11 +73,11 @@ def _when_all(world: World, event: type, victim: str, since_s: float, limit_s: f
     return None
 
 
-def detect(config: str, members: int, runs: int, how: str) -> dict[str, Any]:
+def detect(config: str, members: int, runs: range, how: str) -> dict[str, Any]:
     """From a death to all knowing it. how: kill (port refuses), hang (SIGSTOP), host (packets vanish)."""
     times: list[float] = []
     suspect: list[float] = []
-    for run in range(runs):
+    for run in runs:
         world = _world(config, run * 7919 + members)
         names = grow(world, members)
         rng = Random(run)
@@ -92,13 +94,13 @@ def detect(config: str, members: int, runs: int, how: str) -> dict[str, Any]:
         suspect += first[:1]
         if took_s is not None:
             times.append(took_s)
-    return {"suspect_p50": _at(suspect, 0.5), **_summary(times, runs)}
+    return {"suspect_p50": _at(suspect, 0.5), **_summary(times, len(runs))}
 
 
-def restart(config: str, members: int, runs: int) -> dict[str, Any]:
+def restart(config: str, members: int, runs: range) -> dict[str, Any]:
     """kill -9 and a new life of the same name at once: until all see the new life."""
     times: list[float] = []
-    for run in range(runs):
+    for run in runs:
         world = _world(config, run * 31 + members)
         names = grow(world, members)
         world.run(Random(run).random() * 2)
@@ -118,13 +120,13 @@ def restart(config: str, members: int, runs: int) -> dict[str, Any]:
 
         if world.run_until(is_seen, 60.0) is not None:
             times.append(world.loop.now - start_s)
-    return _summary(times, runs)
+    return _summary(times, len(runs))
 
 
-def join(config: str, members: int, runs: int) -> dict[str, Any]:
+def join(config: str, members: int, runs: range) -> dict[str, Any]:
     """All start within 100 ms, each knows the first as seed: until all see all."""
     times: list[float] = []
-    for run in range(runs):
+    for run in runs:
         world = _world(config, run * 13 + members)
         rng = Random(run)
         names = [f"n{number:04d}" for number in range(members)]
@@ -134,13 +136,32 @@ def join(config: str, members: int, runs: int) -> dict[str, Any]:
         took_s = world.run_until(lambda w=world: len(w.nodes) == members and w.all_see_all(), 30.0)  # type: ignore[misc]
         if took_s is not None:
             times.append(took_s)
-    return _summary(times, runs)
+    return _summary(times, len(runs))
 
 
-def heal(config: str, members: int, runs: int, how: str, cut_s: float = 50.0) -> dict[str, Any]:
+def late(config: str, members: int, runs: range) -> dict[str, Any]:
+    """The first seed is dead, the second a name nobody knows, the third is known by name and starts 5 to 20 s after
+    all others: from its start until all see all."""
+    times: list[float] = []
+    for run in runs:
+        world = _world(config, run * 23 + members)
+        rng = Random(run)
+        names = [f"n{number:04d}" for number in range(members)]
+        seeds = ["10.9.9.9:7946", "nobody:7946", f"{names[0]}:7946"]
+        for name in names[1:]:
+            world.loop.at(rng.random(), world.start, name, seeds)
+        world.run(5.0 + rng.random() * 15.0)
+        world.start(names[0], seeds)
+        took_s = world.run_until(lambda w=world: len(w.nodes) == members and w.all_see_all(), 60.0)  # type: ignore[misc]
+        if took_s is not None:
+            times.append(took_s)
+    return _summary(times, len(runs))
+
+
+def heal(config: str, members: int, runs: range, how: str, cut_s: float = 50.0) -> dict[str, Any]:
     """From the end of a cut to all seeing all. how: halves, one (isolated)."""
     times: list[float] = []
-    for run in range(runs):
+    for run in runs:
         world = _world(config, run * 17 + members)
         grow(world, members)
         side = set(range(members // 2)) if how == "halves" else {members - 1}
@@ -150,7 +171,7 @@ def heal(config: str, members: int, runs: int, how: str, cut_s: float = 50.0) ->
         took_s = world.run_until(world.all_see_all, 90.0, 0.05)
         if took_s is not None:
             times.append(took_s)
-    return _summary(times, runs)
+    return _summary(times, len(runs))
 
 
 def _wrong(world: World, spent_s: float, pairs: int, skip: frozenset[str] = frozenset()) -> dict[str, Any]:
@@ -175,45 +196,48 @@ def _wrong(world: World, spent_s: float, pairs: int, skip: frozenset[str] = froz
 
 
 def false_deaths(
-    config: str, members: int, hours: float, loss: float, udp_blocked: bool = False
+    config: str, members: int, hours: float, loss: float, first: int, udp_blocked: bool = False
 ) -> dict[str, Any]:
-    """Nobody dies for `hours` node-hours under packet loss: wrong deaths and the share of wrongly dead pairs."""
-    chunk_s = min(3600.0, hours * 3600.0 / members)
+    """Nobody dies for `hours` node-hours under packet loss: wrong deaths and the share of wrongly dead pairs.
+
+    In worlds of an hour at most each: what never heals would otherwise count the more the longer it is watched."""
     left_s = hours * 3600.0 / members
     total = {"deaths": 0, "suspicions": 0, "wrong_share": 0.0}
-    sent = 0.0
-    chunks = 0
-    while left_s > 1:
-        world = _world(config, 1000 + chunks)
+    sent = spent_s = 0.0
+    for seed in itertools.count(1000 + first):
+        chunk_s = min(3600.0, left_s)
+        if chunk_s < 1.0:
+            break
+        world = _world(config, seed)
         grow(world, members)
         world.network.weather.loss = loss
         if udp_blocked:
             world.cut(Cut(set(range(members)), is_udp_only=True, inner=True))
         world.log.clear()
         before = sum(world.network.bytes_sent.values())
-        start_s = world.loop.now
         world.run(chunk_s)
         found = _wrong(world, chunk_s, members * (members - 1))
+        found["wrong_share"] *= chunk_s
         total = {key: total[key] + found[key] for key in total}
-        sent += (sum(world.network.bytes_sent.values()) - before) / (members * (world.loop.now - start_s))
+        sent += sum(world.network.bytes_sent.values()) - before
         left_s -= chunk_s
-        chunks += 1
+        spent_s += chunk_s
     return {
         "node_hours": round(hours, 1),
         "deaths": total["deaths"],
-        "suspicions_per_node_hour": round(total["suspicions"] / hours / max(1, members - 1), 3),
-        "wrong_pairs_percent": round(100 * total["wrong_share"] / chunks, 4),
-        "bytes_per_s": round(sent / chunks),
+        "suspicions": total["suspicions"],
+        "wrong_pairs_percent": round(100 * total["wrong_share"] / spent_s, 4),
+        "bytes_per_s": round(sent / (members * spent_s)),
     }
 
 
-def freeze(config: str, members: int, hours: float, freeze_s: float) -> dict[str, Any]:
+def freeze(config: str, members: int, hours: float, freeze_s: float, first: int) -> dict[str, Any]:
     """One node in eight freezes every 20 s or so: deaths of the frozen, per node-hour of such life, and of others."""
     spent_s = hours * 3600.0 / members
-    world = _world(config, 77)
+    world = _world(config, 77 + first)
     names = grow(world, members)
     frozen = names[: max(1, members // 8)]
-    rng = Random(5)
+    rng = Random(5 + first)
     world.log.clear()
     start_s = world.loop.now
 
@@ -235,10 +259,10 @@ def freeze(config: str, members: int, hours: float, freeze_s: float) -> dict[str
     }
 
 
-def spread(config: str, members: int, runs: int, loss: float = 0.0) -> dict[str, Any]:
+def spread(config: str, members: int, runs: range, loss: float = 0.0) -> dict[str, Any]:
     """One update about a node: until all have it."""
     times: list[float] = []
-    for run in range(runs):
+    for run in runs:
         world = _world(config, run * 3 + members)
         names = grow(world, members, settle_s=8.0)
         world.network.weather.loss = loss
@@ -254,7 +278,7 @@ def spread(config: str, members: int, runs: int, loss: float = 0.0) -> dict[str,
 
         if world.run_until(is_known, 60.0, 0.01) is not None:
             times.append(world.loop.now - start_s)
-    return _summary(times, runs)
+    return _summary(times, len(runs))
 
 
 def idle(config: str, members: int, seconds: float) -> dict[str, Any]:
@@ -275,24 +299,25 @@ def idle(config: str, members: int, seconds: float) -> dict[str, Any]:
 
 def rows(options: argparse.Namespace) -> Iterator[tuple[dict[str, Any], Callable[[], dict[str, Any]]]]:
     """The configurations asked for, and how to measure each."""
+    first, hours, loss = options.first, options.hours, float(options.loss)
     for config in options.config.split(","):
         for members in (int(text) for text in options.members.split(",")):
-            runs = max(3, options.runs // (1 if members < 200 else 8))
+            count = max(3, options.runs // (1 if members < 200 else 8))
             head = {"what": options.what, "config": config, "members": members}
             for how in options.how.split(","):
-                loss = float(options.loss)
+                at: tuple[str, int] = (config, members)
+                runs = range(first, first + count)
                 measures: dict[str, Callable[[], dict[str, Any]]] = {
-                    "detect": lambda c=config, m=members, r=runs, h=how: detect(c, m, r, h or "kill"),
-                    "restart": lambda c=config, m=members, r=runs: restart(c, m, r),
-                    "join": lambda c=config, m=members, r=runs: join(c, m, r),
-                    "heal": lambda c=config, m=members, r=runs, h=how: heal(c, m, r, h or "halves"),
-                    "loss": lambda c=config, m=members, x=loss: false_deaths(c, m, options.hours, x),
-                    "blocked": lambda c=config, m=members: false_deaths(c, m, options.hours, 0.0, True),
-                    "freeze": lambda c=config, m=members, h=how: freeze(
-                        c, m, options.hours, float(h or "0.5")
-                    ),
-                    "spread": lambda c=config, m=members, r=runs, x=loss: spread(c, m, r, x),
-                    "idle": lambda c=config, m=members: idle(c, m, 60.0),
+                    "detect": partial(detect, *at, runs, how or "kill"),
+                    "restart": partial(restart, *at, runs),
+                    "join": partial(join, *at, runs),
+                    "late": partial(late, *at, runs),
+                    "heal": partial(heal, *at, runs, how or "halves"),
+                    "loss": partial(false_deaths, *at, hours, loss, first),
+                    "blocked": partial(false_deaths, *at, hours, 0.0, first, udp_blocked=True),
+                    "freeze": lambda at=at, h=how: freeze(*at, hours, float(h or "0.5"), first),
+                    "spread": partial(spread, *at, runs, loss),
+                    "idle": partial(idle, *at, 300.0 if members < 200 else 60.0),
                 }
                 yield {**head, "how": how, "loss": loss}, measures[options.what]
 
@@ -301,13 +326,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.sim.measure", description=__doc__)
     parser.add_argument(
         "what",
-        choices=["detect", "restart", "join", "heal", "loss", "blocked", "freeze", "spread", "idle"],
+        choices=["detect", "restart", "join", "late", "heal", "loss", "blocked", "freeze", "spread", "idle"],
     )
     parser.add_argument("--config", default="ours", help="of: " + "; ".join(CONFIGS).replace(", ", " "))
     parser.add_argument("--members", default="3,10,64")
     parser.add_argument("--runs", type=int, default=40)
     parser.add_argument("--how", default="", help="detect: kill,hang,host; heal: halves,one; freeze: seconds")
     parser.add_argument("--loss", default="0")
+    parser.add_argument("--first", type=int, default=0, help="number of the first run: slices of a long one")
     parser.add_argument("--hours", type=float, default=50.0, help="node-hours of loss, blocked and freeze")
     for head, measure in rows(parser.parse_args()):
         print(json.dumps({**head, **measure()}), flush=True)
