@@ -6,11 +6,8 @@ Owns which object is given to which (house law 4: dependencies enter by construc
 
 from __future__ import annotations
 
-import os
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from random import Random
-
-import trio
 
 from mesh.transport import Transport
 from smg import __version__
@@ -24,6 +21,7 @@ from smg.cli.accounting import Accounting
 from smg.cli.caches import Caches
 from smg.cli.flags import Given
 from smg.cli.reloading import Reloading
+from smg.cli.scheduling import Scheduling
 from smg.discovery import sources_of
 from smg.errors import GatewayError
 from smg.fleet.breaker import Breaker, BreakerRules
@@ -66,7 +64,6 @@ from smg.telemetry.metrics import CONTENT_TYPE, Metrics
 from smg.telemetry.otlp import OtlpSender
 from smg.telemetry.trace import Tracer
 from smg.telemetry.worker_gauges import worker_samples
-from smg.tenancy.admission import admission_of
 
 Service = Callable[..., Awaitable[None]]
 
@@ -133,7 +130,10 @@ class Node:
             self._make_policy,
             self.mesh.keys_of if self.mesh is not None else None,
         )
-        self._admission = admission_of(settings.limits, os.cpu_count() or 1, trio.current_time())
+        self._scheduling = Scheduling(
+            settings, self.registry, self._caches.fits, self._access.tenants, readiness, self.metrics
+        )
+        self._admission = self._scheduling.admission
         self._tallies = Tallies(self.metrics)
         self.accounting = Accounting(settings, self._access.tenants, self.metrics)
         self._sender = _span_sender(settings)
@@ -224,7 +224,7 @@ class Node:
             self.reporter("flags"),
             self.mesh,
         )
-        for part in self.accounting.parts():
+        for part in (*self.accounting.parts(), *self._scheduling.parts()):
             reloading.reload.add(part)
         return reloading.reload
 
@@ -301,7 +301,7 @@ class Node:
             self.registry,
             self._policies,
             self._admission,
-            runner,
+            self._scheduling.before(runner),
             self._tallies,
             self._readiness,
             self.accounting.accounts,
@@ -418,9 +418,6 @@ class Node:
         """Gauges and counters that live in the rooms and are read when somebody scrapes."""
         if self._serving is not None:
             yield "smg_http_connections_active", (), float(self._serving.connection_count)
-        yield "smg_admission_inflight", (), float(self._admission.in_flight)
-        yield "smg_http_rate_limit_total", ("allowed",), float(self._admission.admitted_total)
-        yield "smg_http_rate_limit_total", ("rejected",), float(self._admission.rejected_total)
         yield from worker_samples(self.registry.workers(), self._readiness.now_s)
         yield from self._caches.samples()
         for _, policy in self._policies.policies():

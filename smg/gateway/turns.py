@@ -1,0 +1,200 @@
+"""A request waits for its turn: the shell around the priority scheduler, between `generate` and dispatch (ADM-6, ADM-7).
+
+Owns what the scheduler must not know: headers, tenants, tasks that park and are woken or interrupted, and the counts by tenant.
+Who goes when is the scheduler's word alone. It must never touch an answer: a preempted request raises its error where it
+waits, and is answered like any other (ERR-20).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+
+from smg.api.call import Call
+from smg.fleet.pool import Pool
+from smg.gateway.gates import Tenants
+from smg.gateway.generate import Runner
+from smg.gateway.tallies import Lane
+from smg.net.exchange import Exchange
+from smg.net.readiness import Readiness
+from smg.services.fleet_slots import FleetSlots
+from smg.telemetry.metrics import OTHER, Histogram, Metrics
+from smg.tenancy.admission import EXPIRED, WAITING
+from smg.tenancy.priorities import CLASS_NAMES, DEFAULT, Rules, rank_of
+from smg.tenancy.scheduler import PREEMPTED, Scheduler, Ticket
+from smg.tenancy.slots import NO_BOUND
+
+HEADER = b"x-smg-priority"
+
+
+def may_preempt(waiter: object) -> bool:
+    """Whether a request could give way now: no byte of its answer was sent, and an interrupt finds it waiting."""
+    return isinstance(waiter, Exchange) and not waiter.has_begun_answer and waiter.parking.is_waiting
+
+
+class Turns:
+    """Runs calls when it is their turn; stands before another runner.
+
+    `estimate` gives the expected seconds of a call's prefill.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        fleet: FleetSlots,
+        tenants: Tenants,
+        estimate: Callable[[Call, Pool], float],
+        readiness: Readiness,
+        metrics: Metrics,
+    ) -> None:
+        self._runner = runner
+        self._scheduler = scheduler
+        self._fleet = fleet
+        self._tenants = tenants
+        self._estimate = estimate
+        self._readiness = readiness
+        self._metrics = metrics
+        self._waits: list[Histogram] = [
+            metrics.histogram("smg_scheduler_queue_wait_seconds", class_=name) for name in CLASS_NAMES
+        ]
+        readiness.add_sweeper(self._sweep)
+
+    async def run(self, exchange: Exchange, call: Call, pool: Pool, lane: Lane, query: bytes) -> int:
+        """As `Runner.run`; raises `GatewayError` 429 and 503 of the scheduler too."""
+        readiness, scheduler, fleet = self._readiness, self._scheduler, self._fleet
+        now = readiness.now_s
+        if fleet.is_stale:
+            self._act(fleet.refit(now))
+        tenant = self._tenants.of(exchange)
+        ticket = scheduler.enter(
+            fleet.gate_of(pool),
+            self._rank(exchange, tenant),
+            tenant,
+            self._estimate(call, pool),
+            call.is_stream,
+            exchange,
+            now,
+        )
+        if ticket.others:
+            self._act(ticket.others)
+        if ticket.state is WAITING:
+            await self._wait_turn(exchange, ticket)
+            call.queued_s = queued_s = ticket.admitted_s - now
+            self._waits[ticket.rank].observe(queued_s)
+        is_answered = False
+        if call.is_stream:
+            call.begun = partial(self._first_byte, ticket)
+        try:
+            status = await self._runner.run(exchange, call, pool, lane, query)
+            is_answered = status == 200
+            return status
+        finally:
+            changed = scheduler.leave(ticket, readiness.now_s, is_answered)
+            if changed:
+                self._act(changed)
+
+    def configure(self, rules: Rules) -> None:
+        """Other rules hold from now on (reload)."""
+        self._act(self._scheduler.configure(rules, self._readiness.now_s))
+        self._fleet.is_stale = True
+        self._fleet.warn_if_shrunk(is_new=True)
+
+    def samples(self) -> Iterable[tuple[str, tuple[str, ...], float]]:
+        """What the scheduler has counted and what it holds, read when somebody scrapes (MET-7)."""
+        scheduler = self._scheduler
+        counts = scheduler.counts
+        in_flight, waiting = scheduler.in_flight, scheduler.waiting
+        for rank, name in enumerate(CLASS_NAMES):
+            for outcome, values in (
+                ("admitted", counts.admitted),
+                ("rejected_queue_full", counts.refused_full),
+                ("rejected_queue_timeout", counts.refused_late),
+                ("preempted", counts.preempted),
+                ("client_cancelled", counts.cancelled),
+            ):
+                yield "smg_scheduler_admit_total", (name, outcome), float(values[rank])
+            yield "smg_scheduler_starvation_promotion_total", (name,), float(counts.promoted[rank])
+            yield "smg_scheduler_inflight", (name,), float(in_flight[rank])
+            yield "smg_scheduler_queue_depth", (name,), float(waiting[rank])
+            yield "smg_scheduler_queue_size_limit", (name,), float(scheduler.rules.classes[rank].queue_size)
+            yield "smg_scheduler_class_capacity_pressure", (name,), self._pressure(rank)
+        for (victim, by), count in counts.preemptions.items():
+            yield "smg_scheduler_preemption_total", (CLASS_NAMES[victim], CLASS_NAMES[by]), float(count)
+        slots = [each for each in scheduler.slots if each.capacity < NO_BOUND]
+        capacity = sum(each.capacity for each in slots)
+        used = sum(each.total for each in slots)
+        yield "smg_scheduler_utilization", (), used / capacity if capacity else 0.0
+        gates = [gate for each in scheduler.slots for gate in each.gates if gate.workers]
+        workers = sum(gate.workers for gate in gates)
+        prefill = sum(gate.open for gate in gates)
+        yield "smg_scheduler_prefill_utilization", (), prefill / workers if workers else 0.0
+
+    def _pressure(self, rank: int) -> float:
+        """The fullest fleet's share of a class: 1 means that it gets no further slot there."""
+        shares = [0.0]
+        for slots in self._scheduler.slots:
+            used = slots.used[rank]
+            room = used + max(slots.free_for(rank), 0)
+            shares.append(used / room if room else 1.0)
+        return max(shares)
+
+    def _rank(self, exchange: Exchange, tenant: str) -> int:
+        """The class of a request: what its header names, never above what its tenant may have."""
+        rules = self._scheduler.rules
+        value = exchange.head.fields.get(HEADER)
+        highest = rules.max_rank(tenant) if rules.tenants else rules.default_max_rank
+        if value is None:
+            return DEFAULT if highest >= DEFAULT else highest
+        asked = rank_of(value)
+        if asked is None:
+            self._metrics.counter(
+                "smg_scheduler_unknown_priority_value_total", tenant=self._shown(tenant)
+            ).value += 1
+            asked = DEFAULT
+        if asked <= highest:
+            return asked
+        self._metrics.counter(
+            "smg_scheduler_clamp_total",
+            tenant=self._shown(tenant),
+            requested_class=CLASS_NAMES[asked],
+            effective_class=CLASS_NAMES[highest],
+        ).value += 1
+        return highest
+
+    def _shown(self, tenant: str) -> str:
+        """The tenant as a label: those that the file names, so that clients cannot grow the series."""
+        return tenant if tenant in self._scheduler.rules.tenants else OTHER
+
+    async def _wait_turn(self, exchange: Exchange, ticket: Ticket) -> None:
+        try:
+            await exchange.parking.wait_woken()
+        except BaseException:
+            self._act(self._scheduler.abandon(ticket, self._readiness.now_s))
+            raise
+        if ticket.state is EXPIRED:
+            raise self._scheduler.timeout_error()
+        # Nobody is preempted between its turn and its waking: `may_preempt` wants tasks that are parked.
+
+    def _first_byte(self, ticket: Ticket, now: float) -> None:
+        changed = self._scheduler.first_byte(ticket, now)
+        if changed:
+            self._act(changed)
+
+    def _act(self, tickets: Iterable[Ticket]) -> None:
+        for ticket in tickets:
+            exchange = ticket.waiter
+            assert isinstance(exchange, Exchange)
+            if ticket.state is PREEMPTED:
+                exchange.parking.interrupt(self._scheduler.preempted_error())
+            else:
+                exchange.parking.wake()
+
+    def _sweep(self, now: float) -> None:
+        fleet = self._fleet
+        if fleet.is_stale:
+            self._act(fleet.refit(now))
+        changed = self._scheduler.expire(now)
+        if changed:
+            self._act(changed)
+        fleet.tidy()
