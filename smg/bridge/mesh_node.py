@@ -342,7 +342,9 @@ class MeshNode:
 
     def members(self) -> list[dict[str, Any]]:
         """See `gateway.mesh_api.MeshView`."""
-        return self._view.members(self._shown_state()) if self._address and self._state != "failed" else []
+        if not self._address or self._state == "failed":
+            return []
+        return self._view.members(self._shown_state(), trio.current_time())
 
     def leave(self) -> bool:
         """See `gateway.mesh_api.MeshView`."""

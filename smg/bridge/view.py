@@ -84,8 +84,8 @@ class View:
             "peers": [_peer(peer) for peer in status.peers],
         }
 
-    def members(self, state: str) -> list[dict[str, Any]]:
-        """The rows of `/mesh/members`."""
+    def members(self, state: str, now: float) -> list[dict[str, Any]]:
+        """The rows of `/mesh/members`; `lag_secs` is how old a live member's news is when it arrives."""
         status = self._agent.status()
         rows = [
             {
@@ -95,12 +95,17 @@ class View:
                 "incarnation": status.incarnation,
                 "self": True,
                 "rtt_ms": None,
+                "lag_secs": None,
                 "last_seen_secs": 0.0,
                 "version": __version__,
                 "digest": status.digest,
             }
         ]
-        rows += [_member(peer) for peer in status.peers]
+        live = set(self._peers.live())
+        rows += [
+            _member(peer, round(self._peers.lag_s(peer.name, now), 4) if peer.name in live else None)
+            for peer in status.peers
+        ]
         return sorted(rows, key=lambda row: str(row["name"]))
 
     def samples(self, state: str) -> Iterable[Sample]:
@@ -164,7 +169,7 @@ def _peer(peer: PeerStatus) -> dict[str, Any]:
     return dict(row)
 
 
-def _member(peer: PeerStatus) -> dict[str, Any]:
+def _member(peer: PeerStatus, lag_s: float | None) -> dict[str, Any]:
     parameters = words.read_parameters(peer.meta)
     return {
         "name": peer.name,
@@ -173,6 +178,7 @@ def _member(peer: PeerStatus) -> dict[str, Any]:
         "incarnation": peer.incarnation,
         "self": False,
         "rtt_ms": None if peer.rtt_s is None else round(peer.rtt_s * 1000, 3),
+        "lag_secs": lag_s,
         "last_seen_secs": round(max(0.0, peer.last_seen_s), 3),
         "version": "" if parameters is None else parameters.release,
         "digest": peer.digest,

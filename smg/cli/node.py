@@ -20,6 +20,7 @@ from smg.cli.access import Access
 from smg.cli.accounting import Accounting
 from smg.cli.caches import Caches
 from smg.cli.flags import Given
+from smg.cli.metrics_port import MetricsPort, ui_of
 from smg.cli.reloading import Reloading
 from smg.cli.scheduling import Scheduling
 from smg.discovery import sources_of
@@ -32,6 +33,7 @@ from smg.fleet.retry import RetryBudget, RetryRules
 from smg.fleet.worker import Worker, WorkerSpec
 from smg.gateway import problem
 from smg.gateway.app import App
+from smg.gateway.decisions import Decisions
 from smg.gateway.dispatch import Dispatch
 from smg.gateway.explain import Explain
 from smg.gateway.fan_out import FanOut
@@ -46,7 +48,7 @@ from smg.gateway.tracing import TracedWorkers, Tracing
 from smg.gateway.workers_api import WorkersApi
 from smg.net.client import Client
 from smg.net.exchange import Exchange, ServerLimits
-from smg.net.plain import PlainHandler, Request, Response, plain
+from smg.net.plain import PlainHandler, plain
 from smg.net.pool import ConnectionPool
 from smg.net.readiness import Readiness
 from smg.net.server import Server
@@ -60,7 +62,7 @@ from smg.services.rosters import Rosters
 from smg.services.worker_jobs import WorkerJobs
 from smg.settings import Settings
 from smg.telemetry import log as logs
-from smg.telemetry.metrics import CONTENT_TYPE, Metrics
+from smg.telemetry.metrics import Metrics
 from smg.telemetry.otlp import OtlpSender
 from smg.telemetry.trace import Tracer
 from smg.telemetry.worker_gauges import worker_samples
@@ -144,7 +146,9 @@ class Node:
         self._probes = Probes(
             self.registry, lambda: self._is_draining, needs_pair=settings.pd.pd_disaggregation
         )
+        self._decisions = Decisions(lambda: readiness.now_s)
         self._app = self._make_app(client)
+        self._metrics_port = self._make_metrics_port()
         self._serving: Server | None = None
         self.sources = sources_of(settings)
         self.reload = self._make_reload(given)
@@ -153,6 +157,7 @@ class Node:
     def start_draining(self) -> None:
         """Readiness turns 503 `draining` at once (LIFE-5)."""
         self._is_draining = True
+        self._metrics_port.close()
 
     @property
     def is_ready(self) -> bool:
@@ -198,8 +203,8 @@ class Node:
         return self._serving
 
     def metrics_server(self) -> Server:
-        """The metrics port: `GET /metrics` and nothing else."""
-        return self._plain_server(self._metrics_page)
+        """The metrics port: `GET /metrics`, and `GET /ui` unless it is off."""
+        return self._plain_server(self._metrics_port.serve)
 
     def probe_server(self) -> Server:
         """The port of `--health-check-port` (LIFE-4)."""
@@ -212,6 +217,14 @@ class Node:
             connect_timeout_s=self._settings.retries.connect_timeout_secs,
             context=self._access.worker_context(),
         )
+
+    def _make_metrics_port(self) -> MetricsPort:
+        if not self._settings.telemetry.ui:
+            return MetricsPort(self.metrics, None)
+        ui = ui_of(
+            self.registry, self.metrics, self._decisions, self.mesh, self._caches.samples, self._admission
+        )
+        return MetricsPort(self.metrics, ui)
 
     def _make_reload(self, given: Given | None) -> Reload:
         reloading = Reloading(
@@ -308,6 +321,7 @@ class Node:
             key_headers=settings.routing.routing_key_headers,
             needs_key=settings.routing.routing_key_override,
             is_pair=settings.pd.pd_disaggregation,
+            decisions=self._decisions,
         )
         return App(
             generate,
@@ -379,13 +393,6 @@ class Node:
             self._readiness,
             ServerLimits(payload_bytes_max=65536),
         )
-
-    async def _metrics_page(self, request: Request) -> Response:
-        if request.path != "/metrics":
-            raise problem.unknown_url(request.method, request.path)
-        if request.method not in ("GET", "HEAD"):
-            raise problem.method_not_allowed(request.method, request.path, "GET, HEAD")
-        return Response(200, await self.metrics.render_text(), CONTENT_TYPE)
 
     async def _refuse_plain(self, exchange: Exchange, error: GatewayError) -> None:
         if not exchange.request_id:

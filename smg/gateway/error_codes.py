@@ -87,5 +87,7 @@ CODES: tuple[ErrorCode, ...] = (
     ErrorCode("WORKER_CREATE_IN_PROGRESS", (409,), ADMIN, "The URL is being added.", "Wait for it: `GET /workers/{id}`.", "WRK-7"),
     ErrorCode("mesh_disabled", (409,), ADMIN, "The gateway is in no mesh.", "Start it with `--ha-mesh`.", "MSH-4"),
     ErrorCode("already_left", (409,), ADMIN, "The node has left its mesh.", "Restart it to join again.", "MSH-4"),
+    ErrorCode("page_is_off", (404,), NODE, "The page `/ui` of the metrics port is turned off.", "Start the node without `--no-ui`.", "section 19"),
+    ErrorCode("too_many_viewers", (503,), NODE, "As many as may look at `/ui` at once do so already.", _LATER, "section 19"),
     ErrorCode("internal_error", (500,), NODE, "A fault of the gateway itself; its log has the rest, by request id.", "Report it.", "ERR-21"),
 )  # fmt: skip

@@ -19,6 +19,7 @@ from smg.errors import ClientGone, GatewayError, ShuttingDown
 from smg.fleet.pool import Pool
 from smg.fleet.registry import Added, ModelsChanged, Registry, Removed, Updated
 from smg.gateway.accounts import Accounts
+from smg.gateway.decisions import Decisions
 from smg.gateway.receipts import HEADER as RECEIPT
 from smg.gateway.receipts import receipted
 from smg.gateway.resolve import key_headers as resolve_key_headers
@@ -46,7 +47,8 @@ class Generate:
     """Serves inference requests.
 
     `key_headers` are the names of `--routing-key-headers`; `needs_key` is true when every policy obeys the key
-    (`--routing-key-override`). `is_pair`: calls go to a prefill and a decode worker (section 18).
+    (`--routing-key-override`). `is_pair`: calls go to a prefill and a decode worker (section 18). `decisions`: where
+    choices are noted while somebody watches.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Generate:
         key_headers: Sequence[str] = (),
         needs_key: bool = False,
         is_pair: bool = False,
+        decisions: Decisions | None = None,
     ) -> None:
         self._registry = registry
         self._policies = policies
@@ -77,8 +80,11 @@ class Generate:
         )
         self._readiness = readiness
         self._lanes: dict[tuple[str, str, bool], Lane] = {}
+        self._decisions = decisions
         readiness.add_sweeper(self._expire)
         registry.subscribe(self._changed)
+        if decisions is not None:
+            decisions.on_switch(self._lanes.clear)
 
     async def serve(self, exchange: Exchange, endpoint: Endpoint, query: bytes) -> None:
         """One inference request, its id and key already checked. Raises `GatewayError`, `ClientGone`."""
@@ -160,6 +166,8 @@ class Generate:
         else:
             policy = self._policies.policy_for(call.model)
             lane = self._tallies.lane(call.endpoint, pool.model, policy, call.is_stream, self._needs_key)
+        if self._decisions is not None and self._decisions.is_on:
+            lane = self._decisions.watched(lane, call.endpoint.path)
         if pool.model and len(self._lanes) < LANES_MAX:
             # Names that nobody claims are made up by clients: their policies live in a bounded table, not here.
             self._lanes[call.endpoint.path, call.model, call.is_stream] = lane

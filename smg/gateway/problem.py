@@ -121,6 +121,18 @@ def method_not_allowed(method: str, path: str, allow: str) -> GatewayError:
     )
 
 
+def page_is_off(path: str) -> GatewayError:
+    """A page that exists and was turned off by a flag."""
+    return GatewayError(404, "page_is_off", f"{path[:200]} is off: the node was started with --no-ui")
+
+
+def too_many_viewers(viewers_max: int, retry_after_s: float) -> GatewayError:
+    """The live page has as many viewers as it may have."""
+    return GatewayError(
+        503, "too_many_viewers", f"{viewers_max} look at this page already", retry_after_s=retry_after_s
+    )
+
+
 def no_available_workers(
     message: str = "No worker is available for this request at the moment",
 ) -> GatewayError:

@@ -2,8 +2,9 @@
 
 Owns the header and what is in it: the worker's id, the policy, which rule decided, how much of the prompt was believed to
 be cached there and what the choice cost, in compact JSON. It stands between dispatch and the policy for requests that ask
-for it and for no others; those that do not ask pay for one look into their headers. A receipt never holds an address of a
-worker, a key or a text, and it never changes a choice.
+for it and for no others; those that do not ask pay for one look into their headers. The same words are told of a sample of
+requests to whoever watches (`gateway/decisions.py`). A receipt never holds an address of a worker, a key or a text, and it
+never changes a choice.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import copy
 import math
 from collections.abc import Sequence
 from random import Random
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
@@ -33,11 +34,11 @@ def receipted(lane: Lane, exchange: Exchange) -> Lane:
     """The lane of a request that asks for a receipt: what its policies decide is written to the answer's head."""
     writer = _Writer(exchange)
     told = copy.copy(lane)
-    told.policy = _Watched(lane.policy, writer, "")
+    told.policy = Watched(lane.policy, writer, "")
     told.tells_placed = told.tells_finished = True
     if isinstance(told, PairLane):
         prefill = copy.copy(told.prefill)
-        prefill.policy = _Watched(told.prefill.policy, writer, "prefill")
+        prefill.policy = Watched(told.prefill.policy, writer, "prefill")
         prefill.tells_placed = prefill.tells_finished = True
         told.prefill = prefill
     return told
@@ -49,6 +50,14 @@ def blocks_of(policy: Policy, call: Call, block_chars: int) -> int:
     if count is not None:
         return int(count(call))
     return -(-len(call.text()) // block_chars)
+
+
+class Teller(Protocol):
+    """Who is told what a policy decided."""
+
+    def write(self, leg: str, receipt: dict[str, Any]) -> None:
+        """The receipt of one placement; `leg` is `prefill` for the first leg of a pair, else empty."""
+        ...
 
 
 class _Writer:
@@ -72,18 +81,27 @@ class _Writer:
             self._exchange.extra_lines = b"%b%b: %b\r\n" % (self._others, HEADER, value)
 
 
-class _Watched:
-    """A policy, and what it decided for one call."""
+class Watched:
+    """A policy, and what it decided for one call, told to `teller` when the call is placed.
 
-    def __init__(self, inner: Policy, writer: _Writer, leg: str) -> None:
+    Between `choose` and `placed` of a call no other call comes (dispatch waits for nothing there), so that one of these may
+    serve many calls.
+    """
+
+    def __init__(self, inner: Policy, teller: Teller, leg: str) -> None:
         self.inner = inner
-        self._writer = writer
+        self._teller = teller
         self._leg = leg
         self._decided: tuple[Worker, Terms | None, str] | None = None
         self._owner: str | None = None
         self.name = inner.name
         self.wants = inner.wants
         self.is_random = inner.is_random
+
+    @property
+    def has_decided(self) -> bool:
+        """Whether a choice waits for its `placed`."""
+        return self._decided is not None
 
     def choose(self, call: Call, workers: Sequence[Worker], now: float, rng: Random) -> Worker | None:
         """The inner policy's choice; what it weighed is remembered."""
@@ -129,7 +147,7 @@ class _Watched:
             receipt["cost"] = _rounded(terms.cost)
             parts = {"wait": terms.wait, "prefill": terms.prefill, "penalty": terms.penalty}
             receipt["terms"] = {name: _rounded(part) for name, part in parts.items() if part is not None}
-        self._writer.write(self._leg, receipt)
+        self._teller.write(self._leg, receipt)
 
     def first_byte(self, call: Call, worker: Worker, ttft_s: float, now: float) -> None:
         """As `inner` does."""

@@ -268,6 +268,16 @@ class Metrics:
             self._remember(self._upstream_responses, key, child)
         return child
 
+    def children(self, name: str) -> Iterable[tuple[tuple[str, ...], Child]]:
+        """What is bound of a family, with label values in the catalog's order; what sources yield is not among it.
+
+        Raises ValueError when the catalog has no such family.
+        """
+        store = self._stores.get(name)
+        if store is None:
+            raise ValueError(f"the catalog has no family {name}")
+        return store.children.items()
+
     # -- values that are read at scrape time, and values that go
 
     def add_source(self, source: Source) -> None:
