@@ -152,6 +152,11 @@ class Agent:
         machine = self._board.machine
         return machine.member(name) if machine is not None else None
 
+    def is_refusing(self, name: str) -> bool:
+        """Does this member's port refuse us? Then its process is gone; a member that is only silent may be beyond a cut."""
+        member = self.member(name)
+        return member is not None and self._board.streams.is_refusing(member.address)
+
     def on_member(self, callback: Callable[[Event], None]) -> None:
         """Call this with every membership event, between two awaits."""
         self._board.member_callbacks.append(callback)

@@ -140,6 +140,8 @@ class Doors:
         self._jobs, self._jobs_in = trio.open_memory_channel[Dial | Pipe | str](DIALS_MAX)
         self.errors: dict[Address, str] = {}
         """What went wrong last with a stream to this address."""
+        self.refusing: dict[Address, None] = {}
+        """Addresses whose port refused at our last attempt; a set in order."""
         self.counts: dict[str, int] = {}
 
     def count(self, what: str) -> None:
@@ -165,6 +167,13 @@ class Doors:
         while len(self.errors) >= ERRORS_MAX:
             del self.errors[next(iter(self.errors))]
         self.errors[address] = error
+
+    def _note_refusal(self, address: Address, is_refused: bool) -> None:
+        self.refusing.pop(address, None)
+        if is_refused:
+            while len(self.refusing) >= ERRORS_MAX:
+                del self.refusing[next(iter(self.refusing))]
+            self.refusing[address] = None
 
     def arrived(self, dial: Dial, pipe: Pipe, peer: Hello) -> None:
         """The dial's stream is in the table: send what waited, tell the seeds."""
@@ -346,6 +355,7 @@ class Doors:
     def _end_failed(self, dial: Dial, error: str, is_refused: bool) -> None:
         seeds = self._end_dial(dial)
         self.note_error(dial.address, error)
+        self._note_refusal(dial.address, is_refused)
         self._host.on_dial_failed(dial.address, is_refused)
         for seed in seeds:
             self._unanswered(seed)

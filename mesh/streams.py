@@ -95,6 +95,10 @@ class Streams:
         """What went wrong last with a stream to this address."""
         return self._doors.errors
 
+    def is_refusing(self, address: Address) -> bool:
+        """Did the port there refuse when we last dialled it, and was no stream open since?"""
+        return address in self._doors.refusing
+
     @property
     def counts(self) -> dict[str, int]:
         """For metrics."""
@@ -282,6 +286,7 @@ class Streams:
             lives[peer.boot] = pipe
             self._missing.pop(peer.name, None)
             self._doors.errors.pop(peer.address, None)
+            self._doors.refusing.pop(peer.address, None)
             self.rebind(peer.name)
             if dial is not None:
                 self._doors.arrived(dial, pipe, peer)

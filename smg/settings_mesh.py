@@ -150,6 +150,15 @@ class Mesh(Group, frozen=True, kw_only=True):
         bool,
         Flag(doc="Workers given to this node by flag are not told to the others (MSH-5)."),
     ] = False
+    mesh_partition_limits: Annotated[
+        str,
+        Flag(
+            choices=("divide", "local", "allow"),
+            doc="What becomes of limits while nodes are lost without a word. divide: they may serve beyond a cut, so what they "
+            "held stays theirs, for ten minutes. local: the nodes on each side divide the whole limit. allow: each node "
+            "gives out the whole limit.",
+        ),
+    ] = "divide"
     owner_placement: Annotated[
         bool,
         Flag(

@@ -18,7 +18,6 @@ from mesh import (
     Agent,
     Change,
     ConflictError,
-    Counter,
     Ephemeral,
     Event,
     Hooks,
@@ -33,7 +32,7 @@ from mesh.transport import NetTransport, Transport
 from smg.bridge import identity, words
 from smg.bridge.chains import Chains
 from smg.bridge.health import HEALTH, SharedHealth
-from smg.bridge.limits import LIMITS, LIMITS_MINUTE, SharedUse
+from smg.bridge.limits import LIMITS, SharedLimits
 from smg.bridge.loads import ENGINE, LOAD, LOOK_INTERVAL_S, SharedLoads
 from smg.bridge.owner import Owners
 from smg.bridge.peers import Peers
@@ -60,6 +59,8 @@ STEP_LOOKS = 3
 SLOW_STEPS = 10
 """Steps between two looks at what changes slowly: each second."""
 RTT_STEPS = 50
+LIMITS_BYTES_MAX = 16 * 1024 * 1024
+"""A thousand divided limits of 32 nodes in full words."""
 CHAINS_PATIENCE_S = 2.0
 """A question for lost chains waits so long; nobody else waits for it."""
 LEAVE_PATIENCE_S = 2.0
@@ -133,7 +134,7 @@ class Parts(msgspec.Struct, frozen=True, kw_only=True):
     log: Log
 
 
-def _namespaces(chains: Chains) -> tuple[Owned | Lww | Ephemeral | Counter | Stream, ...]:
+def _namespaces(chains: Chains) -> tuple[Owned | Lww | Ephemeral | Stream, ...]:
     """All namespaces, in the order of their turns: placements come after the workers that they name."""
     return (
         Owned(name=WORKERS),
@@ -143,8 +144,7 @@ def _namespaces(chains: Chains) -> tuple[Owned | Lww | Ephemeral | Counter | Str
         Ephemeral(name=ENGINE, coalesce_s=0.05),
         Stream(name=PREFIX, coalesce_s=0.0, source=chains),
         Lww(name=STICKY, bytes_max=STICKY_BYTES_MAX, coalesce_s=0.05),
-        Counter(name=LIMITS, window_s=1.0, coalesce_s=0.05),
-        Counter(name=LIMITS_MINUTE, window_s=60.0, coalesce_s=0.1),
+        Ephemeral(name=LIMITS, bytes_max=LIMITS_BYTES_MAX, coalesce_s=0.0, ttl_s=10.0, refresh_s=3.0),
     )
 
 
@@ -239,7 +239,7 @@ class MeshNode:
             models=registry.served_models,
             is_first=lambda: all(peers.name < name for name in peers.live_names),
         )
-        self.use = SharedUse(state)
+        self.limits = SharedLimits(state, self._mesh.mesh_partition_limits)
         self.owners = Owners(
             peers,
             registry,
@@ -251,7 +251,7 @@ class MeshNode:
             waited=parts.meters.owner_wait.observe,
             is_on=self._mesh.owner_placement and settings.routing.cache_aware_mode == "price",
         )
-        self._view = View(self._agent, peers, parts.index, self.loads, self.owners)
+        self._view = View(self._agent, peers, parts.index, self.loads, self.owners, self.limits)
 
     def _subscribe(self) -> None:
         agent, clock = self._agent, trio.current_time
@@ -263,6 +263,7 @@ class MeshNode:
             ENGINE: lambda change: self.loads.on_engine(change, clock()),
             PREFIX: lambda change: self.prefixes.on_change(change, clock()),
             STICKY: lambda change: self.keys.on_change(change, clock()),
+            LIMITS: lambda change: self.limits.on_change(change, clock()),
         }
         for namespace, callback in callbacks.items():
             agent.on_change(namespace, callback)
@@ -346,6 +347,10 @@ class MeshNode:
             return []
         return self._view.members(self._shown_state(), trio.current_time())
 
+    def limits_document(self) -> dict[str, Any]:
+        """See `gateway.mesh_api.MeshView`."""
+        return self.limits.document()
+
     def leave(self) -> bool:
         """See `gateway.mesh_api.MeshView`."""
         if self._wants_leave.is_set():
@@ -403,6 +408,7 @@ class MeshNode:
                 address = await nursery.start(self._agent.run)
                 self._address = shown_address(*address)
                 self._state = "alive"
+                self.limits.begin(self.name, self._agent.own.boot, trio.current_time())
                 self._log.info("mesh: this node is up", node=self.name, address=self._address)
                 await self._wants_leave.wait()
                 self._state = "leaving"
@@ -424,6 +430,7 @@ class MeshNode:
         """Nobody is there any more; what is known stays."""
         self._peers.is_gone = True
         self._peers.refresh(trio.current_time())
+        self.limits.end(trio.current_time())
         self._has_ended.set()
 
     async def _keep_settled(self) -> None:
@@ -453,6 +460,7 @@ class MeshNode:
     def _step(self, steps: int, nursery: trio.Nursery) -> None:
         now = trio.current_time()
         self._peers.refresh(now)
+        self.limits.step(self._agent.members, self._agent.is_refusing, now)
         self.prefixes.step(now)
         self.health.refresh(now)
         for peer, question in self.prefixes.questions():

@@ -14,7 +14,7 @@ from mesh import Agent, PeerStatus, State
 from smg import __version__
 from smg.bridge import words
 from smg.bridge.health import HEALTH
-from smg.bridge.limits import LIMITS, LIMITS_MINUTE
+from smg.bridge.limits import LIMITS, SharedLimits
 from smg.bridge.loads import ENGINE, LOAD, SharedLoads
 from smg.bridge.owner import Owners
 from smg.bridge.peers import Peers
@@ -29,7 +29,7 @@ _STORES = {
     "workers": (WORKERS, ORDERS),
     "prefix": (PREFIX,),
     "sticky": (STICKY,),
-    "limits": (LIMITS, LIMITS_MINUTE),
+    "limits": (LIMITS,),
     "load": (LOAD,),
     "health": (HEALTH,),
     "engine": (ENGINE,),
@@ -49,12 +49,14 @@ class View:
         index: PrefixIndex,
         loads: SharedLoads,
         owners: Owners,
+        limits: SharedLimits,
     ) -> None:
         self._agent = agent
         self._peers = peers
         self._index = index
         self._loads = loads
         self._owners = owners
+        self._limits = limits
 
     def status(self, state: str, now: float) -> dict[str, Any]:
         """The document of `/mesh/status`; `state` is this node's own."""
@@ -121,6 +123,10 @@ class View:
                 yield "smg_mesh_dropped_total", (what,), float(count)
         for result, count in self._owners.counts.items():
             yield "smg_mesh_owner_questions_total", (result,), float(count)
+        yield "smg_mesh_limits_divided", (), float(self._limits.divided)
+        row = self._limits.rate()
+        yield "smg_mesh_rate_limit_share", (), self._limits.even if row is None else row.fraction
+        yield "smg_mesh_rate_limit_demand", (), 0.0 if row is None else row.demand_per_s or 0.0
 
     def _stores(self, state: State) -> dict[str, dict[str, Any]]:
         stats = state.stats()

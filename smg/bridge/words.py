@@ -110,6 +110,22 @@ class EngineLoad(Word, frozen=True, gc=False):
     """Sets equal reports apart: the mesh tells only what changed."""
 
 
+Gift = tuple[Ref, U64, U64, U64, U64, U64]
+"""(peer, its book, given, accepted, tokens given, tokens accepted), see `tenancy.share_book.Gift`."""
+
+
+class Share(Word, frozen=True, gc=False):
+    """What a node holds of a limit, and what is asked of it; see `tenancy.share_book.Told`."""
+
+    teller: Ref
+    epoch: U64
+    demand: U64
+    held: U64
+    refill_s: float
+    view: U32
+    gifts: tuple[Gift, ...]
+
+
 class StickyKey(Word, frozen=True, gc=False):
     """Where a routing key lives, and when it was last used (wall seconds)."""
 
@@ -253,6 +269,7 @@ _order = Reader(Order)
 _observation = Reader(Observation)
 _burden = Reader(Burden)
 _engine_load = Reader(EngineLoad)
+_share = Reader(Share)
 _sticky_key = Reader(StickyKey)
 _asked = Reader(Asked)
 _told = Reader(Told)
@@ -291,6 +308,12 @@ def read_burden(data: bytes) -> Burden | None:
 def read_engine_load(data: bytes) -> EngineLoad | None:
     """An engine's report."""
     return _engine_load(data)
+
+
+def read_share(data: bytes) -> Share | None:
+    """A peer's part of a limit."""
+    share = _share(data)
+    return share if share is not None and share.refill_s > 0.0 else None
 
 
 def read_sticky_key(data: bytes) -> StickyKey | None:

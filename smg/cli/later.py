@@ -19,8 +19,6 @@ storage-context-headers max-background-responses
 
 mcp-config-path model-path model tokenizer-path chat-template disable-tokenizer-autoload tokenizer-cache-enable-l0
 tokenizer-cache-l0-max-entries tokenizer-cache-enable-l1 tokenizer-cache-l1-max-memory reasoning-parser tool-call-parser
-
-mesh-partition-limits
 """
 
 _NAMES_ELSEWHERE = """

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from random import Random
 
+import trio
+
 from mesh.transport import Transport
 from smg import __version__
 from smg.backends.http_worker import HttpWorkers
@@ -19,6 +21,7 @@ from smg.bridge.meters import mesh_meters
 from smg.cli.access import Access
 from smg.cli.accounting import Accounting
 from smg.cli.caches import Caches
+from smg.cli.cluster_limits import share_limits
 from smg.cli.flags import Given
 from smg.cli.metrics_port import MetricsPort, ui_of
 from smg.cli.reloading import Reloading
@@ -138,6 +141,8 @@ class Node:
         self._admission = self._scheduling.admission
         self._tallies = Tallies(self.metrics)
         self.accounting = Accounting(settings, self._access.tenants, self.metrics)
+        if self.mesh is not None:
+            share_limits(self.mesh.limits, self._admission, self.accounting.limits, trio.current_time())
         self._sender = _span_sender(settings)
         self._tracer = None if self._sender is None else Tracer(self.metrics, self._sender, rng)
         backend = HttpWorkers if self._tracer is None else TracedWorkers
@@ -376,6 +381,7 @@ class Node:
             "usage": self.accounting.api.usage,
             "mesh_status": mesh.mesh_status,
             "mesh_members": mesh.mesh_members,
+            "mesh_limits": mesh.mesh_limits,
             "mesh_leave": mesh.mesh_leave,
         }
 

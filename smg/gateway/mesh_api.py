@@ -45,13 +45,17 @@ class MeshView(Protocol):
         """The rows of `GET /mesh/members`, this node included."""
         ...
 
+    def limits_document(self) -> dict[str, Any]:
+        """`GET /mesh/limits`."""
+        ...
+
     def leave(self) -> bool:
         """Begin to leave; False when that was begun before."""
         ...
 
 
 class MeshApi:
-    """The endpoints `mesh_status`, `mesh_members` and `mesh_leave` of a member."""
+    """The endpoints `mesh_status`, `mesh_members`, `mesh_limits` and `mesh_leave` of a member."""
 
     def __init__(self, view: MeshView) -> None:
         self._view = view
@@ -65,6 +69,10 @@ class MeshApi:
         members = self._view.members()
         return json_response(200, {"members": members, "total": len(members)})
 
+    async def mesh_limits(self, request: Request) -> Response:
+        """200 with the limits that are divided by demand now, and who holds which part."""
+        return json_response(200, self._view.limits_document())
+
     async def mesh_leave(self, request: Request) -> Response:
         """202; the node says farewell and goes on serving (MSH-4). Raises `GatewayError` 409 `already_left`."""
         if not self._view.leave():
@@ -73,7 +81,7 @@ class MeshApi:
 
 
 class NoMesh:
-    """The endpoints `mesh_status`, `mesh_members` and `mesh_leave` of a node that is alone."""
+    """The endpoints `mesh_status`, `mesh_members`, `mesh_limits` and `mesh_leave` of a node that is alone."""
 
     async def mesh_status(self, request: Request) -> Response:
         """200 `{"enabled":false}`."""
@@ -82,6 +90,10 @@ class NoMesh:
     async def mesh_members(self, request: Request) -> Response:
         """200 with an empty list."""
         return json_response(200, {"members": [], "total": 0})
+
+    async def mesh_limits(self, request: Request) -> Response:
+        """200 with an empty list."""
+        return json_response(200, {"limits": [], "total": 0})
 
     async def mesh_leave(self, request: Request) -> Response:
         """Raises `GatewayError` 409 `mesh_disabled`."""

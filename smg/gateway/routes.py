@@ -83,6 +83,7 @@ ROUTES: Mapping[str, Methods] = {
     # mesh (MSH-1)
     "/mesh/status": {"GET": ("mesh_status", ADMIN)},
     "/mesh/members": {"GET": ("mesh_members", ADMIN)},
+    "/mesh/limits": {"GET": ("mesh_limits", ADMIN)},
     "/mesh/leave": {"POST": ("mesh_leave", ADMIN)},
 }
 
@@ -110,6 +111,7 @@ SUMMARIES: Mapping[str, str] = {
     "usage": "What each tenant has used of each model; `?tenant=` and `?model=` select.",
     "mesh_status": "The state of the mesh.",
     "mesh_members": "The members of the mesh.",
+    "mesh_limits": "Who holds which part of the limits that are divided by demand now.",
     "mesh_leave": "Leaves the mesh.",
 }
 """What each endpoint does, in a sentence: the words of docs/reference/routes.md."""

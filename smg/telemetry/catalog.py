@@ -308,6 +308,27 @@ FAMILIES: tuple[Family, ...] = (
         "MET-9",
     ),
     Family(
+        "smg_mesh_limits_divided",
+        GAUGE,
+        (),
+        "Limits that are divided among the nodes by demand now; the others are divided evenly.",
+        "ADM-5",
+    ),
+    Family(
+        "smg_mesh_rate_limit_share",
+        GAUGE,
+        (),
+        "This node's part of the request rate limit; over all nodes at most 1.",
+        "ADM-3",
+    ),
+    Family(
+        "smg_mesh_rate_limit_demand",
+        GAUGE,
+        (),
+        "Requests a second that this node was asked lately, admitted or not, while the rate limit is divided.",
+        "ADM-3",
+    ),
+    Family(
         "smg_mesh_rtt_seconds",
         HISTOGRAM,
         (),

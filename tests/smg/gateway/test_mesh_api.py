@@ -16,6 +16,8 @@ async def test_msh_1_status_and_members_exist_without_a_mesh() -> None:
     assert (status.status, document(status)) == (200, {"enabled": False})
     members = await NoMesh().mesh_members(request("/mesh/members"))
     assert (members.status, document(members)) == (200, {"members": [], "total": 0})
+    limits = await NoMesh().mesh_limits(request("/mesh/limits"))
+    assert (limits.status, document(limits)) == (200, {"limits": [], "total": 0})
 
 
 async def test_msh_4_there_is_nothing_to_leave() -> None:
@@ -34,6 +36,9 @@ class FakeView:
     def members(self) -> list[dict[str, Any]]:
         return [{"name": "a"}, {"name": "b"}]
 
+    def limits_document(self) -> dict[str, Any]:
+        return {"limits": [{"limit": "l"}], "total": 1}
+
     def leave(self) -> bool:
         self.leaves += 1
         return self.leaves == 1
@@ -45,6 +50,10 @@ async def test_a_member_shows_what_it_knows() -> None:
     assert document(await api.mesh_members(request("/mesh/members"))) == {
         "members": [{"name": "a"}, {"name": "b"}],
         "total": 2,
+    }
+    assert document(await api.mesh_limits(request("/mesh/limits"))) == {
+        "limits": [{"limit": "l"}],
+        "total": 1,
     }
 
 
