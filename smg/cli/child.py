@@ -9,35 +9,31 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from smg.cli.members import Host
-    from smg.settings import Mesh
+import trio
+
+from mesh.transport import NetTransport
+from smg.bridge.identity import node_name
+from smg.cli.flags import Given, parse
+from smg.cli.members import LOOPBACK, Host, member_settings
+from smg.cli.place import place_under_supervisor
+from smg.cli.serve import serve
+from smg.errors import SettingsError
+from smg.settings import Mesh
 
 
 def main(arguments: list[str]) -> int:
     """Run one process until it is told to stop; its exit code, as `smg.cli.main` has them."""
-    from smg.cli.place import place_under_supervisor
-    from smg.errors import SettingsError
-
     try:
         place, member = place_under_supervisor()
     except (OSError, ValueError) as wrong:
         print(f"smg: error: a process of --processes is started by smg alone: {wrong}", file=sys.stderr)
         return 2
     try:
-        from smg.cli.flags import Given, parse
-        from smg.cli.members import member_settings
-
         given = Given(tuple(arguments), dict(os.environ))
         told = parse(arguments, os.environ)
         settings = member_settings(told, member, _host(told.mesh))
         place.process = settings.mesh.node_name or ""
-        import trio
-
-        from smg.cli.serve import serve
-
         return trio.run(serve, settings, given, place)
     except SettingsError as wrong:
         print(f"smg: error: {wrong}", file=sys.stderr)
@@ -47,12 +43,10 @@ def main(arguments: list[str]) -> int:
 
 
 def _host(mesh: Mesh) -> Host:
-    """What this process sees of its host. On all interfaces the others are met where other hosts would meet them, since
-    what the first seed reaches is what is advertised."""
-    from mesh.transport import NetTransport
-    from smg.bridge.identity import node_name
-    from smg.cli.members import LOOPBACK, Host
+    """What this process sees of its host.
 
+    On all interfaces the others are met where other hosts would meet them, since what reaches the first seed is advertised.
+    """
     address = mesh.mesh_host
     if address in ("0.0.0.0", "::"):
         address = NetTransport(address, 0).source_towards(None) or LOOPBACK

@@ -181,12 +181,10 @@ class Supervisor:
         return self._code
 
     async def _start_all(self, nursery: trio.Nursery) -> None:
-        """The first process alone, so that a mistake in the settings is told once; then the others together."""
-        await nursery.start(self._keep, self._slots[0])
+        """All are started at once, and load their code; see `_wait_turn`."""
         async with trio.open_nursery() as starting:
-            for slot in self._slots[1:]:
-                if not self._has_ended.is_set():
-                    starting.start_soon(nursery.start, self._keep, slot)
+            for slot in self._slots:
+                starting.start_soon(nursery.start, self._keep, slot)
         if self._has_ended.is_set() or self._is_stopping.is_set():
             return
         scheme = "http" if self._settings.tls.tls_cert_path is None else "https"
@@ -204,7 +202,7 @@ class Supervisor:
             started_s = trio.current_time()
             code = await self._live(slot, task_status)
             self._pages.ended(slot.name)
-            if self._is_stopping.is_set():
+            if self._is_stopping.is_set() or self._has_ended.is_set():
                 break
             if not slot.has_served:
                 self._log.error("a process ended before it served", process=slot.name, exit_code=code)
@@ -233,8 +231,9 @@ class Supervisor:
             slot.process = process
             slot.silent_until_s = trio.current_time() + START_PATIENCE_S
             ours.setblocking(False)
-            ours.send(msgspec.json.encode(self._start_of(slot)))
-            if self._is_stopping.is_set():
+            if await self._wait_turn(slot):
+                ours.send(msgspec.json.encode(self._start_of(slot)))
+            else:
                 process.terminate()
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._listen, slot, ours, task_status)
@@ -249,6 +248,15 @@ class Supervisor:
             slot.is_ready = slot.is_reloading = False
             self._note()
         return code
+
+    async def _wait_turn(self, slot: Slot) -> bool:
+        """Waits until the first process serves, so that a mistake in the settings is told by one; False: it is over."""
+        first = self._slots[0]
+        while not self._is_stopping.is_set() and not self._has_ended.is_set():
+            if slot is first or first.has_served:
+                return True
+            await self._changed.wait()
+        return False
 
     async def _open_process(self, slot: Slot, theirs: socket.socket) -> trio.Process:
         fds = [sock.fileno() for other in self._slots for sock in other.serving]
@@ -375,6 +383,7 @@ class Supervisor:
         if not self._has_ended.is_set():
             self._code = code
             self._has_ended.set()
+            self._note()
 
 
 def members_of(settings: Settings) -> list[Member]:
