@@ -11,6 +11,7 @@ import argparse
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import trio
@@ -42,6 +43,16 @@ SHORT_ENGINE_TOKENS = 16_000
 Begin = Callable[[], Awaitable[list[Node]]]
 
 
+@dataclass(frozen=True)
+class Play:
+    """One run of the trace: what the nodes are, and what they can know."""
+
+    title: str
+    why: str
+    is_disturbed: bool = False
+    """A node is killed on the way and started again."""
+
+
 class Story:
     """All that is told, in the order in which it happens."""
 
@@ -66,29 +77,39 @@ class Story:
         async with trio.open_nursery() as nursery:
             # The nodes of one act end while those of the next one start.
             return [
-                await self._act(nursery, "one node", lambda: fleet.start_alone(1)),
-                await self._act(nursery, f"{NODES} nodes, no mesh", lambda: fleet.start_alone(NODES)),
                 await self._act(
-                    nursery, f"{NODES} nodes, one mesh", lambda: fleet.start_mesh(NODES), is_disturbed=True
+                    nursery, Play("one node", "it sees every request"), lambda: fleet.start_alone(1)
+                ),
+                await self._act(
+                    nursery,
+                    Play(f"{NODES} nodes, no mesh", "each knows only what it has sent itself"),
+                    lambda: fleet.start_alone(NODES),
+                ),
+                await self._act(
+                    nursery,
+                    Play(
+                        f"{NODES} nodes, one mesh",
+                        "only node 1 was told where the engines are",
+                        is_disturbed=True,
+                    ),
+                    lambda: fleet.start_mesh(NODES),
                 ),
             ]
 
-    async def _act(
-        self, ending: trio.Nursery, title: str, begin: Begin, *, is_disturbed: bool = False
-    ) -> Act:
+    async def _act(self, ending: trio.Nursery, play: Play, begin: Begin) -> Act:
         nodes = await begin()
         await self._fleet.empty_caches()
         balancer, port = await self._fleet.start_balancer(nodes)
-        self.say(f"{title}: ready behind the load balancer, caches are empty")
+        self.say(f"{play.title}, ready behind the load balancer; {play.why}")
         run = Run(sum(len(conversation.turns) for conversation in self._trace))
         events: list[tuple[float, str]] = []
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._report, run)
-            if is_disturbed:
+            if play.is_disturbed:
                 nursery.start_soon(self._disturb, run, nodes[0], events)
             await replay(self._trace, run, port, MODEL)
         in_flight = await self._in_flight(nodes)
-        act = Act(title, run.answers, events, in_flight)
+        act = Act(play.title, run.answers, events, in_flight)
         self.say(
             f"  all answered: hits {act.hit_ratio:.1%}, first token after {milliseconds(act.ttft_mean_s)} on the mean"
         )
@@ -115,8 +136,8 @@ class Story:
         now_s = trio.current_time()
         events.append((now_s - run.began_s, f"{node.name} is back"))
         self.say(
-            f"  {node.name} is back {now_s - started_s:.1f} s after its start, and knows where {matched} of {blocks} blocks of a "
-            "prompt are cached that others served meanwhile"
+            f"  {node.name} is back after {now_s - started_s:.1f} s, and warm: it knows {matched} of {blocks} blocks of a prompt "
+            "that it never served"
         )
 
     async def _in_flight(self, nodes: Sequence[Node]) -> int:

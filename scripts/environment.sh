@@ -49,9 +49,14 @@ make_main_venv() {
 }
 
 make_demo_venv() {
-  # What runs nodes and no tests; a .venv that can do so already is left alone.
-  .venv/bin/python -c 'import smg.cli.node' 2>/dev/null ||
-    make_venv .venv "to run $(sha256sum <pyproject.toml)" --only-binary :all: --editable .
+  # What runs nodes and no tests. A .venv that has it all is left alone, whoever made it.
+  .venv/bin/python -c '
+import importlib.metadata, re, tomllib
+with open("pyproject.toml", "rb") as source:
+    project = tomllib.load(source)["project"]
+for needed in (project["name"], *project["dependencies"]):
+    importlib.metadata.version(re.match("[A-Za-z0-9._-]+", needed)[0])
+' 2>/dev/null || make_venv .venv "to run $(sha256sum <pyproject.toml)" --only-binary :all: --editable .
 }
 
 failed=()
