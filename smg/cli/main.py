@@ -20,6 +20,7 @@ _MODULES = {
     "workers": "smg.cli.remote",
     "route": "smg.cli.route",
     "mesh": "smg.cli.mesh_command",
+    "usage": "smg.cli.usage_command",
 }
 _SUMMARIES = {
     "launch": "start a gateway node (also: start, or no command at all)",
@@ -28,6 +29,7 @@ _SUMMARIES = {
     "workers": "list, add and remove the workers of a running gateway",
     "route": "explain where a running gateway would send a request, and why",
     "mesh": "show the mesh as a running gateway sees it, and leave it",
+    "usage": "show what each tenant has used of each model",
     "doctor": "check a configuration and the reachability of its workers",
 }
 

@@ -27,6 +27,7 @@ REFUSED = [
         "--retry-max-backoff-ms",
     ),
     (Settings(limits=Limits(queue_timeout_secs=0.0)), "--queue-timeout-secs"),
+    (Settings(limits=Limits(tenant_rate_limit_enabled=True)), "--tenant-rate-limit-enabled"),
     (Settings(telemetry=Telemetry(prometheus_duration_buckets=(1.0, 0.5))), "--prometheus-duration-buckets"),
     (Settings(telemetry=Telemetry(prometheus_duration_buckets=(1.0, 1.0))), "--prometheus-duration-buckets"),
     (Settings(listening=Listening(port=29000)), "--prometheus-port"),
@@ -71,6 +72,7 @@ def test_a_combination_that_cannot_work_is_refused_by_the_name_of_its_flag(
         Settings(discovery=Discovery(service_discovery=True, discovery_provider="file", discovery_file="/w")),
         Settings(discovery=Discovery(discovery_file="/w")),
         Settings(pd=PrefillDecode(pd_disaggregation=True)),
+        (Settings(limits=Limits(tenant_rate_limit_config="f")), "without --tenant-rate-limit-enabled"),
     ],
 )
 def test_a_combination_that_works_is_accepted(settings: Settings) -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smg.wire.sse_tail import ResponsesWatch, closing, has_end_marker, is_between_events
+from smg.wire.sse_tail import ResponsesWatch, closing, has_end_marker, is_between_events, tokens_streamed
 
 
 @pytest.mark.parametrize(
@@ -140,3 +140,29 @@ def test_str_7_a_stream_without_numbers_starts_at_0() -> None:
     watch = ResponsesWatch()
     watch.feed(b"data: {}\n\n")
     assert watch.next_number == 0
+
+
+def chat_piece(text: str) -> bytes:
+    return b'data: {"choices":[{"index":0,"delta":{"content":"%b"}}]}\n\n' % text.encode()
+
+
+def test_adm_4_an_event_counts_as_a_token_and_a_long_text_as_more() -> None:
+    events = chat_piece("a") * 20
+    assert tokens_streamed(events, len(events)) == 20
+    assert tokens_streamed(events + b"data: [DONE]\n\n", len(events)) == 20
+    several = chat_piece("x" * 40) * 3
+    assert tokens_streamed(several, len(several)) == 30
+    quoted = chat_piece('x\\"' * 20)
+    assert tokens_streamed(quoted, len(quoted)) == 15
+
+
+def test_adm_4_what_went_by_is_taken_to_be_like_the_tail() -> None:
+    tail = chat_piece("a") * 10
+    assert tokens_streamed(tail, 50 * len(tail)) == 500
+    assert tokens_streamed(tail, 1) == 10
+    assert tokens_streamed(b"", 1_000_000) == 0
+
+
+@given(st.binary(max_size=300), st.integers(0, 10**9))
+def test_adm_4_any_bytes_give_a_number(tail: bytes, size: int) -> None:
+    assert tokens_streamed(tail, size) >= 0
