@@ -72,7 +72,6 @@ def test_a_combination_that_cannot_work_is_refused_by_the_name_of_its_flag(
         Settings(discovery=Discovery(service_discovery=True, discovery_provider="file", discovery_file="/w")),
         Settings(discovery=Discovery(discovery_file="/w")),
         Settings(pd=PrefillDecode(pd_disaggregation=True)),
-        (Settings(limits=Limits(tenant_rate_limit_config="f")), "without --tenant-rate-limit-enabled"),
     ],
 )
 def test_a_combination_that_works_is_accepted(settings: Settings) -> None:
@@ -96,6 +95,7 @@ WARNED = [
         "--worker-overload-shed",
     ),
     (Settings(load_polls=LoadPolls(disable_load_monitoring=True)), "--disable-load-monitoring"),
+    (Settings(limits=Limits(tenant_rate_limit_config="f")), "without --tenant-rate-limit-enabled"),
 ]
 
 
