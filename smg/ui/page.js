@@ -69,7 +69,7 @@
   function nameCell(row) {
     const node = cell(row, "", "named first");
     const name = make("span", "name"), tag = make("span", "tag"), sub = make("span", "sub");
-    node.append(name, tag, sub);
+    node.append(name, " ", tag, sub);
     return (text, more, tagText) => { say(name, text); say(sub, more); show(sub, more !== ""); say(tag, tagText || ""); show(tag, Boolean(tagText)); };
   }
   function stateCell(row) {
