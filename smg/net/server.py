@@ -67,6 +67,9 @@ class Server:
         self._has_closed_port = False
         self._last_word_s = LAST_WORD_MAX_S
         self._listeners: Sequence[socket.socket] = ()
+        self._newcomers = 0  # accepted, and their task has not run yet
+        self._has_stopped = trio.Event()
+        self._has_stopped.set()
         self._accepting = trio.CancelScope()
         self._date_line = b""
         self._all_gone = trio.Event()
@@ -98,6 +101,7 @@ class Server:
         open for whoever serves next, so newcomers are never turned away.
         """
         self._listeners = () if is_port_kept else listeners
+        self._has_stopped = trio.Event()
         async with trio.open_nursery() as connections:
             try:
                 with self._accepting:
@@ -112,6 +116,7 @@ class Server:
                     self._accept_last(connections)
                 for listener in (*listeners, *neighbours):
                     listener.close()
+                self._has_stopped.set()
 
     def use_tls(self, context: ssl.SSLContext) -> None:
         """From now on connections are accepted with `context`; those that are open go on (SEC-10)."""
@@ -157,7 +162,8 @@ class Server:
 
     async def wait_closed(self) -> None:
         """Waits until every connection is gone; for use after `stop_listening`."""
-        while self._exchanges:
+        await self._has_stopped.wait()
+        while self._exchanges or self._newcomers:
             self._all_gone = trio.Event()
             await self._all_gone.wait()
 
@@ -195,6 +201,7 @@ class Server:
             sock.setblocking(False)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             peer = address[0] if isinstance(address, tuple) else ""
+            self._newcomers += 1
             connections.start_soon(self._converse, sock, peer)
         return True
 
@@ -215,6 +222,7 @@ class Server:
             connection = TlsConnection(plain, self._tls, server_side=True)
         exchange = Exchange(connection, self._readiness, peer, self._limits, RequestReader())
         self._exchanges[exchange] = None
+        self._newcomers -= 1
         try:
             if isinstance(connection, TlsConnection):
                 exchange.parking.deadline_s = self._readiness.now_s + self._limits.header_read_timeout_s
