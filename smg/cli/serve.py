@@ -20,6 +20,7 @@ from smg import __version__
 from smg.cli.file_limit import raise_file_limit
 from smg.cli.flags import Given
 from smg.cli.node import Node
+from smg.cli.opening import wait_decided
 from smg.cli.place import Place
 from smg.errors import SettingsError
 from smg.net.activation import Inherited
@@ -133,15 +134,16 @@ async def _run(
         await services.start(place.notifier.run, node.log)
         services.start_soon(place.end_with_supervisor)
         serving = node.server()
-        if not place.opens_late:
-            await _open(services, serving, listeners, place)
         services.start_soon(node.metrics_server().serve, listeners.metrics)
         if listeners.probes:
             services.start_soon(node.probe_server().serve, listeners.probes)
         await _start_services(services, node, settings, place)
         if place.opens_late:
             await _wait_ready(node)
-            await _open(services, serving, listeners, place)
+        else:
+            may_find_some = bool(settings.mesh.seeds or node.sources[1:])
+            await wait_decided(node.registry, lambda: node.is_ready, may_find_some=may_find_some)
+        await _open(services, serving, listeners, place)
         scheme = "http" if settings.tls.tls_cert_path is None else "https"
         if place.process:
             node.log.info("this process serves", version=__version__, pid=os.getpid())

@@ -119,6 +119,11 @@ class Health:
         """Never probed: the worker is ready at once and only the breaker judges (HLT-3)."""
         return self.rules.is_disabled
 
+    @property
+    def is_untried(self) -> bool:
+        """No probe has come back yet, so nothing is known about this worker."""
+        return self.status is Status.PENDING and self._probes == 0
+
     def entered(self, status: Status, now: float) -> None:
         """The worker has this status from now on; counts begin anew. The registry calls this, nobody else."""
         self.status = status

@@ -130,6 +130,21 @@ async def test_cli_12_the_listening_line_is_logged_and_a_request_is_served():
         assert b"smg_http_requests_total" in (await smg.ask("/metrics", port=smg.metrics_port)).body
 
 
+async def test_a_request_that_comes_before_the_first_probe_is_back_waits_for_it():
+    """Behind a load balancer that only counts refused connections, a restart would else fail requests with 503."""
+    gate = Gate()
+    async with fake_worker("m") as worker:
+        worker.on_path["/health"] = gate.before(answers(200, {}))
+        async with running_process("--worker-urls", worker.url, ready=False) as smg:
+            await gate.reached.wait()
+            client = await smg.connect()
+            await client.send(request(CHAT, HELLO))
+            await trio.sleep(0.1)
+            assert b"smg listening" not in smg.stderr
+            gate.open.set()
+            assert (await client.read()).status == 200
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_cli_11_life_5_a_signal_drains_and_the_exit_code_is_0(number):
     async with (
