@@ -138,22 +138,22 @@ async def _run(
         if listeners.probes:
             services.start_soon(node.probe_server().serve, listeners.probes)
         await _start_services(services, node, settings, place)
-        if place.opens_late:
-            await _wait_ready(node)
-        else:
-            may_find_some = bool(settings.mesh.seeds or node.sources[1:])
-            await wait_decided(node.registry, lambda: node.is_ready, may_find_some=may_find_some)
-        await _open(services, serving, listeners, place)
-        scheme = "http" if settings.tls.tls_cert_path is None else "https"
-        if place.process:
-            node.log.info("this process serves", version=__version__, pid=os.getpid())
-        else:
-            node.log.info(f"smg listening on {scheme}://{listeners.shown}", version=__version__)
-        gc.collect()
-        gc.freeze()
-        gc.set_threshold(*GC_THRESHOLDS)
+        # From here on a signal drains, also one that comes while the port is not served yet.
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-            await place.notifier.ready(f"serving on {scheme}://{listeners.shown}")
+            await _wait_decided(node, settings, place)
+            await services.start(
+                partial(serving.serve, listeners.serving, place.neighbours, is_port_kept=place.is_port_kept)
+            )
+            scheme = "http" if settings.tls.tls_cert_path is None else "https"
+            url = f"{scheme}://{listeners.shown}"
+            if place.process:
+                node.log.info("this process serves", version=__version__, pid=os.getpid())
+            else:
+                node.log.info(f"smg listening on {url}", version=__version__)
+            gc.collect()
+            gc.freeze()
+            gc.set_threshold(*GC_THRESHOLDS)
+            await place.notifier.ready(f"serving on {url}")
             await anext(signals)
             await services.start(_exit_on_second, signals)
             grace_s = settings.listening.shutdown_grace_period_secs
@@ -165,18 +165,15 @@ async def _run(
     return 0
 
 
-async def _open(services: trio.Nursery, serving: Server, listeners: Listeners, place: Place) -> None:
-    """From now on the serving port is served."""
-    await services.start(
-        partial(serving.serve, listeners.serving, place.neighbours, is_port_kept=place.is_port_kept)
-    )
-
-
-async def _wait_ready(node: Node) -> None:
-    """Waits for a worker: connections wait in the kernel meanwhile, and would be answered 503 here."""
-    with trio.move_on_after(READY_PATIENCE_S):
-        while not node.is_ready:
-            await trio.sleep(READY_LOOK_S)
+async def _wait_decided(node: Node, settings: Settings, place: Place) -> None:
+    """Waits until a request would find a worker: connections wait in the kernel meanwhile, and would be answered 503 here."""
+    if place.opens_late:
+        with trio.move_on_after(READY_PATIENCE_S):
+            while not node.is_ready:
+                await trio.sleep(READY_LOOK_S)
+    else:
+        may_find_some = bool(settings.mesh.seeds or node.sources[1:])
+        await wait_decided(node.registry, lambda: node.is_ready, may_find_some=may_find_some)
 
 
 async def _start_services(services: trio.Nursery, node: Node, settings: Settings, place: Place) -> None:
