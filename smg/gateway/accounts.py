@@ -72,17 +72,23 @@ class Accounts:
     ) -> None:
         """A worker's answer with this status is with the client."""
         usage: Usage | None = call.told.usage
-        if usage is None or reservation is not None or status >= 400 or usage.written_tokens is not None:
+        if (
+            usage is None
+            or status >= 400
+            or (prompt_tokens := usage.prompt_tokens) is None
+            or (completion_tokens := usage.completion_tokens) is None
+            or call.endpoint is MESSAGES
+        ):
             self._settle(exchange, call, lane, reservation, status, now)
             return
         entry = lane.entries.get(exchange.head.tenant or "") or self._entry(exchange, lane)
         entry.requests += 1
-        entry.completion_tokens += usage.completion_tokens or 0
-        entry.prompt_tokens += usage.prompt_tokens or 0
+        entry.completion_tokens += completion_tokens
+        entry.prompt_tokens += prompt_tokens
         if usage.cached_tokens:
             entry.cached_tokens += usage.cached_tokens
-            if call.endpoint is MESSAGES:
-                entry.prompt_tokens += usage.cached_tokens
+        if reservation is not None:
+            reservation.settle(prompt_tokens + completion_tokens, now)
 
     def failed(
         self,

@@ -126,14 +126,22 @@ class Bucket:
             self._balance = min(self._balance + elapsed_s * self.rate_per_s, self.burst)
         return self._balance
 
-    def has(self, amount: float, now: float) -> bool:
-        """Whether `amount` could be taken: it is there, or the bucket is full and it is more than a full one."""
+    def take(self, amount: float, now: float) -> bool:
+        """Takes `amount` if it is there, or if the bucket is full and it is more than a full one; False: nothing was taken."""
         self._asked += amount
-        return self.balance(now) + SLACK >= min(amount, self.burst) and self.burst > 0.0
-
-    def take(self, amount: float) -> None:
-        """Takes what `has` has answered for, at the same moment."""
-        self._balance -= amount
+        balance = self._balance
+        burst = self.burst
+        elapsed_s = now - self._at_s
+        if elapsed_s > 0.0:
+            self._at_s = now
+            balance += elapsed_s * self.rate_per_s
+            if balance > burst:
+                balance = burst
+            self._balance = balance
+        if balance + SLACK < amount and (balance + SLACK < burst or burst <= 0.0):
+            return False
+        self._balance = balance - amount
+        return True
 
     def give_back(self, amount: float, now: float) -> None:
         """Returns a part of what was taken; a negative amount takes more. Never above the burst."""
@@ -365,20 +373,29 @@ class TenantLimits:
             return None
         if self.heeds_demand and len(self._asked) < ASKED_MAX:
             self._asked.update(dict.fromkeys(buckets))
-        fits = True
         tokens = -1.0
+        refusing = False
+        taken = 0  # a bit for each bucket that has given
+        bit = 1
         for bucket in buckets:
             if bucket.kind is REQUESTS:
-                fits &= bucket.has(1.0, now)
+                has_given = bucket.take(1.0, now)
             else:
                 if tokens < 0.0:
                     tokens = estimate()
-                fits &= tokens <= bucket.per_minute and bucket.has(tokens, now)
-        tokens = max(tokens, 0.0)
-        if not fits:
+                has_given = tokens <= bucket.per_minute and bucket.take(tokens, now)
+            if has_given:
+                taken |= bit
+            else:
+                refusing = True
+            bit += bit
+        if tokens < 0.0:
+            tokens = 0.0
+        if refusing:
+            for place, bucket in enumerate(buckets):
+                if taken >> place & 1:
+                    bucket.give_back(1.0 if bucket.kind is REQUESTS else tokens, now)
             raise _refusal(buckets, tokens, now)
-        for bucket in buckets:
-            bucket.take(1.0 if bucket.kind is REQUESTS else tokens)
         account.open_count += 1
         return Reservation(account, buckets, tokens)
 

@@ -315,7 +315,7 @@ def test_a_share_makes_burst_and_rate_a_part_and_never_makes_tokens():
     bucket.set_share(0.0, 1.0)
     assert bucket.balance(0.0) == 15.0
     bucket.set_share(10.0, 0.0)
-    assert bucket.balance(10.0) == 0.0 and not bucket.has(0.0, 10.0)
+    assert bucket.balance(10.0) == 0.0 and not bucket.take(1.0, 10.0)
 
 
 def test_a_debt_stays_whatever_the_share():
