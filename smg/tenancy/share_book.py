@@ -112,10 +112,11 @@ class ShareBook:
     def hear(self, peer: Peer, told: Told, group: Group) -> int:
         """A peer's word. Accepts what it has given to this node; the tokens that came with it.
 
-        Of a node that is not there nothing is accepted: it may be gone, and its part made anew. Hear it again when it is.
+        Nothing is accepted from a node that reckons with others than this one does: one of the two may count a third as gone,
+        and make its part anew together with what it had given. Hear it again when that has changed.
         """
         self.told[peer] = told
-        if peer not in group.live and peer not in group.silent:
+        if told.view != group.view:
             return 0
         self.refill_s = told.refill_s
         ours = self._gifts.get(peer)
@@ -163,8 +164,17 @@ class ShareBook:
         return all(peer in told and told[peer].view == group.view for peer in group.live)
 
     def begin(self, group: Group) -> None:
-        """Take the part of a limit that nobody has divided yet, as far as no other node has it."""
-        self.held = min(max(WHOLE - self.known_sum(group), 0), even_part(group))
+        """Take the part of a limit that nobody has divided yet, as far as no other node has it.
+
+        What was given to a node that was not heard yet is there, though it cannot be seen what has become of it. And those
+        who do not reckon with this node yet may be making the whole.
+        """
+        nodes = self._nodes(group)
+        if any(told.view != group.view for told in nodes.values()):
+            return
+        unseen = sum(gift.given for told in nodes.values() for gift in told.gifts if gift.peer not in nodes)
+        known = sum(_due(nodes).values()) + unseen
+        self.held = min(max(WHOLE - known, 0), even_part(group))
 
     def missing(self, group: Group) -> int:
         """Parts that nobody holds, 0 while it is not for this node to say so."""

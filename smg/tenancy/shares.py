@@ -385,6 +385,8 @@ class Shares:
     def _hear(self, entry: _Entry, peer: Peer, told: Told, now: float) -> None:
         entry.is_stirred = True
         tokens = entry.book.hear(peer, told, self._group)
+        if not entry.is_begun:
+            return  # nothing was given to a book that nobody has heard of, and its bucket is even still
         self._spread(entry, now)
         if tokens:
             entry.limit.give_back(tokens / WHOLE * entry.limit.capacity, now)
@@ -396,11 +398,11 @@ class Shares:
             entry.book.forget(peer)
         if entry.book.has_dealt_with(before - known):
             entry.book.renew(self._next_epoch())
-        for peer in known - before:
-            if peer in entry.book.told:
-                self._hear(entry, peer, entry.book.told[peer], now)
+        for peer, told in list(entry.book.told.items()):
+            self._hear(entry, peer, told, now)
         entry.is_stirred = True
-        self._spread(entry, now)
+        if entry.is_begun:
+            self._spread(entry, now)
 
     def _open(self, ref: bytes, limit: SharedLimit, refill_s: float, now: float) -> _Entry:
         book = ShareBook(self._me, self._next_epoch(), refill_s)

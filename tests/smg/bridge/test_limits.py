@@ -111,7 +111,7 @@ async def test_parts_follow_demand_and_are_even_when_nobody_asks(autojump_clock)
 async def test_a_limit_that_nobody_asks_costs_nothing(autojump_clock):
     nodes = Trio()
     await nodes.run(2.0, a=3)
-    await nodes.run(10.0)
+    await nodes.run(60.0)  # until deletions are forgotten, too
     said = nodes.wire["a"].replica.stats()
     await nodes.run(5.0)
     assert nodes.wire["a"].replica.stats() == said

@@ -53,10 +53,8 @@ class SimNode:
         if not self.alive:
             return
         world = self.world
-        encode = {name: world.nodes[name].peer for name in self.live | self.silent}
-        self.shares.meet(
-            [encode[name] for name in self.live], [encode[name] for name in self.silent], world.now
-        )
+        live, silent = ([world.nodes[name].peer for name in names] for names in (self.live, self.silent))
+        self.shares.meet(live, silent, world.now)
         for _, told in self.shares.step(world.now):
             self.words_told += 1
             self.word = (self.word[0] + 1, told)
@@ -180,8 +178,8 @@ class World:
 
     def heal(self) -> None:
         pairs, self.cuts = self.cuts, set()
-        for pair in pairs:
-            one, other = (self.nodes[name] for name in pair)
+        for pair in sorted(pairs, key=sorted):
+            one, other = (self.nodes[name] for name in sorted(pair))
             for a, b in ((one, other), (other, one)):
                 if not b.alive:
                     self.after(self.rng.uniform(0.1, 2.0), lambda to=a, name=b.name: self._gone(to, name))

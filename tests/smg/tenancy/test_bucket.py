@@ -70,3 +70,45 @@ def test_over_any_span_no_more_than_burst_plus_rate_goes_out_and_a_promise_is_ke
             assert bucket.tokens(at) == pytest.approx(amount, abs=1e-6)
         assert taken <= burst + rate * now + 1e-6 * (1 + len(steps))
         assert 0.0 <= bucket.tokens(now) <= burst
+
+
+def test_a_part_of_the_limit_has_a_part_of_rate_and_burst_and_keeps_the_balance():
+    bucket = TokenBucket(10.0, 20.0)
+    bucket.take(0.0, 5.0)
+    bucket.set_share(0.0, 0.5)
+    assert (bucket.burst, bucket.rate_per_s, bucket.tokens(0.0)) == (10.0, 5.0, 10.0)
+    bucket.take(0.0, 4.0)
+    bucket.set_share(0.0, 1.0)
+    assert bucket.tokens(0.0) == 6.0
+    assert bucket.tokens(1.0) == 16.0
+    bucket.give_back(100.0, 1.0)
+    assert bucket.tokens(1.0) == 20.0
+
+
+def test_a_full_bucket_lets_in_what_is_larger_than_its_part_and_owes_the_rest():
+    bucket = TokenBucket(10.0, 20.0)
+    bucket.set_share(0.0, 0.01)
+    assert bucket.take(0.0)
+    assert bucket.tokens(0.0) == pytest.approx(-0.8)
+    assert not bucket.take(5.0)
+    at = bucket.next_at_s(5.0)
+    assert at == pytest.approx(10.0)
+    assert bucket.take(at)
+    assert not bucket.take(100.0, 21.0)
+
+
+def test_demand_is_what_was_asked_and_not_what_was_given():
+    bucket = TokenBucket(1.0, 1.0)
+    assert not bucket.was_asked
+    for _ in range(5):
+        bucket.take(0.0)
+    assert bucket.was_asked
+    assert [bucket.read_demand(), bucket.read_demand()] == [5.0, 0.0]
+
+
+def test_without_a_part_nothing_is_promised():
+    bucket = TokenBucket(1.0, 1.0)
+    bucket.take(0.0)
+    bucket.set_share(0.0, 0.0)
+    bucket.give_back(-1.0, 0.0)
+    assert bucket.next_at_s(0.0) == math.inf
