@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import socket
 
-from mesh import AgentSettings, TlsContexts, TlsFiles
+from mesh import AgentSettings, Key, TlsContexts, TlsFiles
 from mesh import SettingsError as MeshSettingsError
 from smg import __version__
 from smg.bridge import words
@@ -51,6 +51,11 @@ def secrets_of(mesh: Mesh) -> tuple[bytes, ...]:
     if not secrets:
         raise _refused("--mesh-keys-file", path, "has no secret in it")
     return secrets
+
+
+def key_id(secret: str) -> str:
+    """The id that the mesh gives to a secret, as operators see it; it gives nothing away."""
+    return f"{Key(_stretched(secret)).id:08x}"
 
 
 def tls_of(mesh: Mesh) -> TlsContexts | None:

@@ -81,6 +81,7 @@ class View:
             },
             "loop_lag_secs": round(status.lag_s, 4),
             "stores": self._stores(self._agent.state),
+            "key_ids": [f"{key_id:08x}" for key_id in self._agent.keyring.ids],
             "mismatched": dict(self._peers.mismatched),
             "owner": {**self._owners.counts, "answered": self._owners.answered},
             "peers": [_peer(peer) for peer in status.peers],

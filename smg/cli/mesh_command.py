@@ -12,6 +12,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+from smg.cli import mesh_keys
 from smg.cli.flags import positive_seconds, read_secret
 from smg.cli.remote import Gateway, RemoteError, add_common
 
@@ -45,6 +46,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     for command in (status, members, leave):
         add_common(command, is_default=False)
+    limits = commands.add_parser(
+        "limits", help="who holds which part of the limits that are asked now", description="Limits."
+    )
+    add_common(limits, is_default=False)
+    mesh_keys.add_arguments(
+        commands.add_parser(
+            "keys",
+            help="change the secret of the mesh, step by step",
+            description="Change the secret of a mesh with --mesh-keys-file while it runs: add a new one on every node, then "
+            "use it on every node, then remove the old one on every node.",
+        )
+    )
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -57,14 +70,17 @@ def main(arguments: argparse.Namespace) -> int:
         )
         if verb == "status" and getattr(arguments, "watch", False):
             return _watch(gateway, arguments)
-        document = (
-            gateway.ask("POST", "/mesh/leave") if verb == "leave" else gateway.ask("GET", f"/mesh/{verb}")
-        )
+        document = _ask(gateway, verb, arguments)
     except RemoteError as wrong:
         print(f"smg mesh: {wrong}", file=sys.stderr)
         return 1
     if arguments.json:
         print(json.dumps(document, indent=2))
+    elif verb == "keys":
+        for line in mesh_keys.sentences(document):
+            print(line)
+    elif verb == "limits":
+        _print(limits_table(document))
     elif verb == "leave":
         print("leaving; it goes on serving with what it knows")
     elif verb == "members":
@@ -72,6 +88,30 @@ def main(arguments: argparse.Namespace) -> int:
     else:
         _print(status_view(document))
     return 0
+
+
+def _ask(gateway: Gateway, verb: str, arguments: argparse.Namespace) -> Any:
+    if verb == "keys":
+        return mesh_keys.change(gateway, arguments)
+    if verb == "leave":
+        return gateway.ask("POST", "/mesh/leave")
+    return gateway.ask("GET", f"/mesh/{verb}")
+
+
+def limits_table(document: dict[str, Any]) -> RenderableType:
+    """What `/mesh/limits` says, for a person: this node's part first, in percent of the limit."""
+    from rich.table import Table
+    from rich.text import Text
+
+    if not document["limits"]:
+        return Text("no limit is asked now: all are divided evenly")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("LIMIT", "THIS NODE", "ASKED", "OTHERS"):
+        table.add_column(name, overflow="fold")
+    for row in document["limits"]:
+        others = ", ".join(f"{name} {node['held']:.0%}" for name, node in sorted(row["nodes"].items()))
+        table.add_row(Text(row["limit"]), f"{row['share']:.0%}", f"{row['demand']:.0%}", Text(others))
+    return table
 
 
 def status_view(status: dict[str, Any]) -> RenderableType:
