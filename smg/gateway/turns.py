@@ -194,6 +194,7 @@ class Turns:
         fleet = self._fleet
         if fleet.is_stale:
             self._act(fleet.refit(now))
+        fleet.observe(now)
         changed = self._scheduler.expire(now)
         if changed:
             self._act(changed)

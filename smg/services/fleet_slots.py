@@ -38,6 +38,8 @@ class FleetSlots:
         self._is_pair = is_pair
         self._log = log
         self._gates: dict[str, Gate] = {}  # by model
+        self._starting: dict[Gate, list[Worker]] = {}  # the ready workers that prefill behind each gate
+        self._observed_s = 0.0
         self._orphans: list[Gate] = []  # of fleets that are gone, until nobody is there any more
         self._has_warned = False
         self._common: Slots | None = None
@@ -63,6 +65,7 @@ class FleetSlots:
         """Works everything out anew. Returns whom the scheduler's shell has to act on."""
         self.is_stale = False
         old, self._gates = self._gates, {}
+        self._starting.clear()
         free = dict.fromkeys(old.values())
         changed: list[Ticket] = []
         for models, starting, running in self._fleets():
@@ -72,6 +75,7 @@ class FleetSlots:
             free.pop(gate, None)
             gate.widen(len(starting), self._scheduler.rules.prefill_ahead_s is not None)
             self._gates |= dict.fromkeys(models, gate)
+            self._starting[gate] = starting
             if self._common is None:
                 capacity = sum(map(slots_of, running)) if starting else NO_BOUND
                 changed += self._scheduler.resize(gate.slots, capacity, now)
@@ -84,6 +88,15 @@ class FleetSlots:
             changed += self._scheduler.resize(self._common, self._common.capacity, now)
         self.warn_if_shrunk()
         return changed
+
+    def observe(self, now: float) -> None:
+        """Tells the gates what the engines' load reports say of work that waits in them; several times a second."""
+        seconds, self._observed_s = now - self._observed_s, now
+        for gate, workers in self._starting.items():
+            if gate.has_estimates:
+                told = [worker.report for worker in workers if worker.report_until_s > now]
+                waiting = sum(1 for report in told if report is not None and report.waiting > 0)
+                gate.observe(min(seconds, 1.0), waiting / len(told) if told else None)
 
     def tidy(self) -> None:
         """Drops the gates of fleets that are gone and that nobody stands before any more."""

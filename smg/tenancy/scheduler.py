@@ -196,9 +196,7 @@ class Scheduler:
             return NOBODY
         gate = ticket.gate
         gate.slots.preemptable[ticket.rank].pop(ticket, None)
-        if ticket.share:
-            gate.learn(ticket, now - ticket.admitted_s)
-            gate.release(ticket)
+        gate.release(ticket)
         return self._fill(gate.slots, now)
 
     def leave(self, ticket: Ticket, now: float, is_answered: bool = False) -> Sequence[Ticket]:

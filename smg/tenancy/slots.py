@@ -25,11 +25,14 @@ NO_BOUND = sys.maxsize
 _ROUNDING = 1e-9
 SHARE_MIN = 1 / 1024
 """Smallest share of a place: what costs nothing by the estimate still is one more request."""
-PACE_MIN = 1 / 16
-_PACE_DOWN = 0.1
-_PACE_UP = 0.02
-"""Steps of the pace: so unequal that it follows the fastest sixth of the answers. Much makes an answer late (a long text, a
-full engine), nothing makes a prefill shorter than it is."""
+PACE_MIN, PACE_MAX = 1 / 16, 4.0
+"""Bounds of the pace: what an estimate may be wrong by."""
+_PACE_LEARNED = 0.1
+"""Share of the way to an answer that came sooner than the estimate: one odd answer must not count for much."""
+_PACE_UP, _PACE_DOWN = 0.5, 0.025
+"""Per second. A pace that is three times too slow is right after three quarters of a minute."""
+_PACE_RETURN = 0.005
+"""Per second, the way back to the estimate where engines tell nothing."""
 
 
 class Slots:
@@ -103,7 +106,18 @@ class Gate:
     wanted. `open` is the prefill under way, in places.
     """
 
-    __slots__ = ("_holders", "_holds", "_sequence", "open", "pace", "places", "queues", "slots", "workers")
+    __slots__ = (
+        "_holders",
+        "_holds",
+        "_sequence",
+        "_stalled_s",
+        "open",
+        "pace",
+        "places",
+        "queues",
+        "slots",
+        "workers",
+    )
 
     def __init__(self, slots: Slots) -> None:
         self.slots = slots
@@ -116,6 +130,7 @@ class Gate:
         self._holders = 0
         # Shares of answers that are no streams: nothing tells when their prefill ends, so they end by the estimate.
         self._holds: list[tuple[float, int, Ticket]] = []
+        self._stalled_s = 0.0  # what the clock of these estimates is behind
         self._sequence = 0
 
     @property
@@ -146,7 +161,7 @@ class Gate:
         self._holders += 1
         if not ticket.is_stream:
             self._sequence += 1
-            heappush(self._holds, (now + cost_s * self.pace, self._sequence, ticket))
+            heappush(self._holds, (now - self._stalled_s + cost_s * self.pace, self._sequence, ticket))
 
     def release(self, ticket: Ticket) -> None:
         """The prefill of `ticket` is over; nothing when that was known already."""
@@ -161,17 +176,40 @@ class Gate:
     def release_due(self, now: float) -> None:
         """Lets go of the shares whose estimated time is over."""
         holds = self._holds
+        now -= self._stalled_s
         while holds and (holds[0][0] <= now or not holds[0][2].share):
             self.release(heappop(holds)[2])
 
     @property
     def due_s(self) -> float:
         """When the next share ends by the estimate."""
-        return self._holds[0][0] if self._holds else math.inf
+        return self._holds[0][0] + self._stalled_s if self._holds else math.inf
+
+    @property
+    def has_estimates(self) -> bool:
+        """Whether a share is held whose end only the estimate tells."""
+        return bool(self._holds)
+
+    def observe(self, seconds: float, backed_up_ratio: float | None) -> None:
+        """For so long this share of the engines has told that work waits in them; None: they tell nothing.
+
+        Where work waits no estimate of ours runs off: without this one that is too short by a hundredth adds up, prefill by
+        prefill, to a queue in the engines. And the pace follows, while it is what requests wait for: slower where work waits,
+        a little faster where none does, so that it settles where work waits a twentieth of the time.
+        """
+        if not self._holds:
+            return
+        if backed_up_ratio is None:
+            if self.pace < 1.0:
+                self.pace *= 1.0 + _PACE_RETURN * seconds
+            return
+        self._stalled_s += seconds * backed_up_ratio
+        if self.waiting and not self.is_open():
+            slower, faster = _PACE_UP * backed_up_ratio, _PACE_DOWN * (1.0 - backed_up_ratio)
+            self.pace = min(max(self.pace * (1.0 + (slower - faster) * seconds), PACE_MIN), PACE_MAX)
 
     def learn(self, ticket: Ticket, seconds: float) -> None:
-        """An answer began, or came whole, so long after its request was let through."""
-        if ticket.cost_s <= 0:
-            return
-        ratio = min(max(seconds / ticket.cost_s, PACE_MIN), 1.0)
-        self.pace += (_PACE_DOWN if ratio < self.pace else _PACE_UP) * (ratio - self.pace)
+        """An answer that is no stream came whole so long after its request was let through: no prefill took longer."""
+        ratio = seconds / ticket.cost_s if ticket.cost_s > 0 else 1.0
+        if ratio < self.pace:
+            self.pace += _PACE_LEARNED * (max(ratio, PACE_MIN) - self.pace)

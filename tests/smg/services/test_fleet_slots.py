@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import pytest
 
+from smg.fleet.load import ReportRules
 from smg.fleet.registry import Registry
-from smg.fleet.worker import ModelCard, Status, Worker, WorkerSpec
+from smg.fleet.worker import LoadReport, ModelCard, Status, Worker, WorkerSpec
 from smg.services.fleet_slots import FleetSlots, slots_of
 from smg.tenancy.admission import ADMITTED, WAITING
 from smg.tenancy.priorities import CLASSES, DEFAULT, INTERACTIVE, ClassRules, Rules
@@ -194,6 +195,25 @@ def test_models_nobody_told_share_the_workers_that_tell_none():
     house.worker("a")
     house.refit()
     assert house.enter("x").state == ADMITTED and house.enter("y").state == WAITING
+
+
+def test_estimates_stand_still_where_engines_say_that_work_waits():
+    house = House()
+    workers = [house.worker("a", "m"), house.worker("b", "m")]
+    house.refit()
+    pool = house.registry.pool("m")
+    assert pool is not None
+    gate = house.fleet.gate_of(pool)
+    house.scheduler.enter(gate, DEFAULT, "t", LONG_S, False, None, 0.0)
+    house.fleet.observe(0.0)
+    assert gate.due_s == LONG_S
+    rules = ReportRules(interval_s=1.0)
+    for worker, waiting in zip(workers, (3, 0), strict=True):
+        house.registry.reported(worker, LoadReport(at_s=0.0, waiting=waiting), rules)
+    house.fleet.observe(0.5)
+    assert gate.due_s == pytest.approx(LONG_S + 0.25)  # one of two
+    house.fleet.observe(100.0)  # both reports are too old to say anything
+    assert gate.due_s == pytest.approx(LONG_S + 0.25)
 
 
 def test_reservations_that_do_not_fit_are_told_once_and_again_after_a_reload():

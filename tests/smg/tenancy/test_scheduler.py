@@ -311,6 +311,32 @@ def test_the_estimate_of_plain_answers_learns_from_answers_that_come_sooner():
     assert play.after(1.1) == ["b"]
 
 
+def test_where_work_waits_in_the_engines_no_estimate_runs_off_and_the_pace_slows():
+    play = Play(capacity=64, workers=1, rules=WINDOW)
+    for name in "abc":
+        play.enter(name, cost_s=2.0, is_stream=False)
+    for _ in range(20):
+        play.gate.observe(0.1, 1.0)
+        assert play.after(0.1) == []
+    assert 2.0 < play.gate.pace < 3.0
+    for _ in range(19):
+        play.gate.observe(0.1, 0.0)
+        assert play.after(0.1) == []
+    assert play.after(0.11) == ["b"]
+    pace = play.gate.pace
+    play.gate.observe(1.0, 0.0)
+    assert 0.9 * pace < play.gate.pace < pace  # nobody had to wait there: a little faster
+
+
+def test_without_reports_a_pace_that_was_learned_returns_to_the_estimate():
+    play = Play(capacity=64, workers=1, rules=WINDOW)
+    play.gate.pace = 0.5
+    play.enter("a", cost_s=1000.0, is_stream=False)
+    for _ in range(1000):
+        play.gate.observe(1.0, None)
+    assert 0.99 < play.gate.pace < 1.01
+
+
 def test_a_gate_without_workers_lets_all_pass():
     play = Play(capacity=64, workers=0, rules=WINDOW)
     assert all(play.enter(f"{n}", cost_s=LONG_S).state == ADMITTED for n in range(10))

@@ -121,6 +121,8 @@ class Shell:
         rank, gate = pick % 4, self.gates[pick // 4 % len(self.gates)]
         cost_s = (0.0, 0.01, 0.1, 3.0)[pick // 16 % 4]
         tenant = "abc"[pick // 64 % 3]
+        if not gate.waiting:
+            gate.release_due(self.now)  # as whoever arrives does
         room = gate.is_open() and self.slots.free_for(rank) > 0
         waiting = self.scheduler.waiting[rank]
         self.number += 1
