@@ -191,4 +191,6 @@ def admission_of(limits: Limits, cores: int, now: float, *, has_scheduler: bool 
         burst = max(1.0, rate_per_s)
         burst = burst if in_flight_max is None else min(burst, in_flight_max)
         bucket = TokenBucket(rate_per_s, burst, now, RATE_KEY)
-    return Admission(None if has_scheduler else in_flight_max, limits.queue_size, limits.queue_timeout_secs, bucket)
+    return Admission(
+        None if has_scheduler else in_flight_max, limits.queue_size, limits.queue_timeout_secs, bucket
+    )
