@@ -60,6 +60,7 @@ MEMBERS = {
 class Meshed:
     def __init__(self) -> None:
         self.status: dict[str, Any] = STATUS
+        self.limits: dict[str, Any] = {"limits": [], "total": 0}
         self.has_left = False
         self.asked: list[str] = []
 
@@ -67,6 +68,8 @@ class Meshed:
         self.asked.append(f"{method} {target}")
         if target == "/mesh/status":
             return 200, json.dumps(self.status).encode()
+        if target == "/mesh/limits":
+            return 200, json.dumps(self.limits).encode()
         if target == "/mesh/members":
             return 200, json.dumps(MEMBERS).encode()
         if self.has_left:
@@ -131,6 +134,18 @@ def test_json_is_the_gateways_own(
 ) -> None:
     assert main(arguments) == 0
     assert json.loads(capsys.readouterr().out) == (STATUS if "status" in arguments else MEMBERS)
+
+
+def test_limits_tell_who_holds_which_part(gateway: Meshed, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["mesh", "limits"]) == 0
+    assert "all are divided evenly" in capsys.readouterr().out
+    nodes = {"b": {"held": 0.25, "demand": 0.1}, "c": {"held": 0.0, "demand": 0.0}}
+    gateway.limits["limits"] = [
+        {"limit": "requests per second", "share": 0.754, "held": 0.75, "demand": 3.0, "nodes": nodes}
+    ]
+    assert main(["mesh", "limits"]) == 0
+    row = capsys.readouterr().out.splitlines()[1].split()
+    assert row == ["requests", "per", "second", "75%", "300%", "b", "25%,", "c", "0%"]
 
 
 def test_leaving_is_said_once(gateway: Meshed, capsys: pytest.CaptureFixture[str]) -> None:
