@@ -14,11 +14,20 @@ import msgspec
 import trio
 
 from smg.cli.members import LOOPBACK
+from smg.cli.relayed import no_page, relayed
 from smg.errors import GatewayError, UpstreamError
 from smg.gateway import problem
 from smg.net.client import Client, Fetched
 from smg.net.exchange import Exchange, ServerLimits
-from smg.net.plain import PlainHandler, Request, Response, json_response, plain, text_response
+from smg.net.plain import (
+    PlainHandler,
+    Request,
+    Response,
+    StreamResponse,
+    json_response,
+    plain,
+    text_response,
+)
 from smg.net.pool import ConnectionPool
 from smg.net.readiness import Readiness
 from smg.net.server import Server
@@ -81,12 +90,20 @@ class Pages:
         self._metrics.counter("smg_process_restarts_total", process=name).add()
 
     def metrics_server(self) -> Server:
-        """`GET /metrics` and nothing else."""
-        return self._server(self.metrics)
+        """`GET /metrics`, and the page `/ui` of one of the processes."""
+        return self._server(self._metrics_or_page)
 
     def probe_server(self) -> Server:
         """The three probes and nothing else (LIFE-4)."""
         return self._server(self.probe)
+
+    async def _metrics_or_page(self, request: Request) -> Response | StreamResponse:
+        if not request.path.startswith("/ui"):
+            return await self.metrics(request)
+        for source in self._sources:
+            if self._is_ready(source.name):
+                return await relayed(LOOPBACK, source.metrics_port, request)
+        raise no_page()
 
     async def metrics(self, request: Request) -> Response:
         """The page of all processes and of the supervisor itself. Raises `GatewayError` 404 and 405."""

@@ -99,6 +99,13 @@ async def test_two_processes_share_the_port_the_workers_and_the_metrics_page():
         for client in clients:
             await client.leave()
         assert (await smg.ask("/metrics/more", port=smg.metrics_port)).status == 404
+        ui = await smg.ask("/ui", port=smg.metrics_port)
+        assert ui.status == 200 and b"<html" in ui.body
+        events = await smg.connect(smg.metrics_port)
+        await events.send(request("/ui/events"))
+        assert (await events.read_head())["content-type"] == "text/event-stream"
+        assert b"data: {" in (await events.read_chunk() or b"")
+        await events.leave()
         places = set()
         with trio.fail_after(5):
             while len(places) < 2:
