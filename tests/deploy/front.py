@@ -30,7 +30,7 @@ STARTS_WITHIN_S = 20.0
 
 def found(program: str) -> str:
     """Where a program is; a missing one fails the test."""
-    path = shutil.which(program)
+    path = shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin")
     if path is None:
         pytest.fail(f"{program} is missing: ./scripts/test installs it", pytrace=False)
     return path
