@@ -132,10 +132,21 @@ def test_the_pictures_are_drawings_that_parse_and_say_what_they_show() -> None:
     pictures = sorted((HOUSE / "docs" / "pictures").glob("*"))
     assert pictures
     for picture in pictures:
+        if picture.suffix == ".png":
+            continue  # a photograph of the page: see below
         assert picture.suffix == ".svg", picture
         root = ET.parse(picture).getroot()
         title = root.find("{http://www.w3.org/2000/svg}title")
         assert title is not None and title.text, f"{picture.name} has no <title> for those who cannot see it"
+
+
+def test_the_photograph_of_the_page_is_small_and_described_where_it_is_shown() -> None:
+    (picture,) = (HOUSE / "docs" / "pictures").glob("*.png")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert picture.stat().st_size <= 300_000
+    for page in ("README.md", "docs/operate/ui.md"):
+        (words,) = re.findall(rf"!\[(.*?)\]\([^)]*{picture.name}\)", (HOUSE / page).read_text())
+        assert len(words.split()) > 8, page
 
 
 def test_fragments_of_news_are_named_by_their_kind() -> None:

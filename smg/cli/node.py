@@ -100,14 +100,7 @@ class Node:
         self._access = Access(settings, readiness)
         self._pool = self._make_pool()
         client = Client(readiness, self._pool)
-        self._probes_service = HealthProbes(
-            self.registry,
-            client.fetch,
-            rng=rng,
-            log=logs.logger("smg.health"),
-            removes_failed=settings.removes_unhealthy_workers(),
-            counted=self._count_probe,
-        )
+        self._probes_service = self._make_probes_service(client)
         self._jobs = WorkerJobs(
             self.registry,
             client.fetch,
@@ -121,14 +114,7 @@ class Node:
         seed = cluster_seed(settings.mesh) if has_mesh else rng.getrandbits(64)
         self._caches = Caches(settings.routing, self.registry, seed)
         self.mesh = self._make_mesh(mesh_transport) if has_mesh else None
-        self._reports = LoadReports(
-            self.registry,
-            client.fetch,
-            _report_rules(settings),
-            rng=rng,
-            refused=self._probes_service.note_refused,
-            share=self.mesh,
-        )
+        self._reports = self._make_reports(client)
         self._policies = PolicyTable(
             settings.routing,
             self.registry,
@@ -214,6 +200,26 @@ class Node:
     def probe_server(self) -> Server:
         """The port of `--health-check-port` (LIFE-4)."""
         return self._plain_server(self._probes.only_probes)
+
+    def _make_probes_service(self, client: Client) -> HealthProbes:
+        return HealthProbes(
+            self.registry,
+            client.fetch,
+            rng=self._rng,
+            log=logs.logger("smg.health"),
+            removes_failed=self._settings.removes_unhealthy_workers(),
+            counted=self._count_probe,
+        )
+
+    def _make_reports(self, client: Client) -> LoadReports:
+        return LoadReports(
+            self.registry,
+            client.fetch,
+            _report_rules(self._settings),
+            rng=self._rng,
+            refused=self._probes_service.note_refused,
+            share=self.mesh,
+        )
 
     def _make_pool(self) -> ConnectionPool:
         return ConnectionPool(
