@@ -125,6 +125,11 @@ def _ports(settings: Settings, timeout_s: float) -> list[Finding]:
     ]
     if listening.health_check_port is not None:
         listeners.append(("--health-check-port", listening.host, listening.health_check_port))
+    mesh = settings.mesh
+    if mesh.ha_mesh:  # the first one is visited (`doctor_mesh`)
+        listeners += [
+            ("--mesh-port", mesh.mesh_host, mesh.mesh_port + place) for place in range(1, listening.processes)
+        ]
     return [_bindable(flag, host, port, timeout_s) for flag, host, port in listeners]
 
 
@@ -198,6 +203,13 @@ def _certificates(settings: Settings) -> tuple[ssl.SSLContext | None, list[Findi
 
 def _surroundings(settings: Settings, timeout_s: float) -> list[Finding]:
     findings = [_descriptors(settings)]
+    cores, processes = os.cpu_count() or 1, settings.listening.processes
+    if processes > cores:
+        findings.append(
+            Finding(
+                "WARN", "--processes", f"{processes} share {cores} core(s)", "one process per core is good"
+            )
+        )
     directory = settings.telemetry.log_dir
     if directory is not None:
         parent = directory

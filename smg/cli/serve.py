@@ -172,7 +172,9 @@ async def _wait_decided(node: Node, settings: Settings, place: Place) -> None:
             while not node.is_ready:
                 await trio.sleep(READY_LOOK_S)
     else:
-        may_find_some = bool(settings.mesh.seeds or node.sources[1:])
+        # The processes beside this one are seeds as well, and know no more than it does.
+        beside = settings.listening.processes - 1 if place.process else 0
+        may_find_some = len(settings.mesh.seed_addresses()) > beside or bool(node.sources[1:])
         await wait_decided(node.registry, lambda: node.is_ready, may_find_some=may_find_some)
 
 

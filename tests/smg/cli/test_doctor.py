@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import trustme
 
@@ -18,6 +19,7 @@ from smg.settings import (
     Discovery,
     Limits,
     Listening,
+    Mesh,
     Prefill,
     PrefillDecode,
     Settings,
@@ -102,6 +104,21 @@ def test_a_port_in_use_fails_unless_a_gateway_runs_there(free: Listening) -> Non
         listening = Listening(host="127.0.0.1", port=int(url.rpartition(":")[2]))
         found = doctor._ports(settings(listening), 5.0)[0]
         assert found.status == "WARN" and "a gateway is running" in found.seen
+
+
+def test_every_process_needs_its_mesh_port(free: Listening) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        listening = msgspec.structs.replace(free, processes=2)
+        mesh = Mesh(ha_mesh=True, mesh_host="127.0.0.1", mesh_port=port - 1)
+        found = doctor._ports(msgspec.structs.replace(settings(listening), mesh=mesh), 1.0)
+        assert of(found, f"--mesh-port 127.0.0.1:{port}").status == "FAIL"
+
+
+def test_more_processes_than_cores_are_a_warning(free: Listening) -> None:
+    many = msgspec.structs.replace(free, processes=256)
+    assert of(doctor._surroundings(settings(many), 1.0), "--processes").status == "WARN"
+    assert not [each for each in doctor._surroundings(settings(free), 1.0) if each.check == "--processes"]
 
 
 def test_an_address_that_is_not_ours_fails(free: Listening) -> None:
