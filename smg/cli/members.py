@@ -69,14 +69,20 @@ def _mesh(mesh: Mesh, member: Member, host: Host) -> Mesh:
     own_port = member.mesh_ports[member.place]
     siblings = tuple(f"{_bracketed(address)}:{port}" for port in member.mesh_ports if port != own_port)
     if not mesh.ha_mesh:
-        return Mesh(
+        return msgspec.structs.replace(
+            mesh,
             ha_mesh=True,
             seeds=siblings,
             mesh_port=own_port,
             mesh_host=LOOPBACK,
+            mesh_advertise=None,
             node_name=name,
             mesh_secret=member.secret,
-            owner_placement=mesh.owner_placement,
+            mesh_keys_file=None,
+            mesh_tls_ca_cert=None,
+            mesh_tls_cert=None,
+            mesh_tls_key=None,
+            mesh_private_workers=False,
         )
     # A seed without a port means the port of the node, not the one of this process.
     given = tuple(_with_port(seed, mesh.mesh_port) for seed in mesh.seed_addresses())

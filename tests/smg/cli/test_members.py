@@ -60,9 +60,17 @@ def test_limits_of_all_processes_are_those_that_were_given(
 
 
 def test_without_a_mesh_the_processes_are_one_of_their_own_on_the_loopback() -> None:
-    given_mesh = Mesh(mesh_host="10.1.2.3", mesh_keys_file="/k", mesh_private_workers=True)
+    given_mesh = Mesh(
+        mesh_host="10.1.2.3",
+        mesh_keys_file="/k",
+        mesh_tls_cert="/c",
+        mesh_private_workers=True,
+        mesh_advertise="x",
+        owner_placement=False,
+    )
     mesh = settings_of(1, Settings(mesh=given_mesh)).mesh
-    assert mesh.ha_mesh and not mesh.mesh_private_workers and mesh.mesh_keys_file is None
+    assert mesh.ha_mesh and not mesh.mesh_private_workers and not mesh.owner_placement
+    assert mesh.mesh_keys_file is mesh.mesh_tls_cert is mesh.mesh_advertise is None
     assert (mesh.node_name, mesh.mesh_host, mesh.mesh_port) == ("a-1", "127.0.0.1", 4001)
     assert (mesh.mesh_secret, mesh.seeds) == ("s" * 32, ("127.0.0.1:4000",))
 
