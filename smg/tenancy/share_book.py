@@ -27,10 +27,10 @@ GIVE_MIN = 2_000
 Demand is counted over a second or less, so it trembles by such a share at 20 requests a second, and a gift that is on its way
 serves nobody."""
 
-IDLE_GIVE_MIN = 200
-"""The same while nobody asks: then nothing trembles, and parts become even but for this."""
+IDLE_SLACK = 400
+"""While nobody asks nothing trembles, and parts become even but for this. Nodes begin below the even part by as much."""
 
-SHORT_MIN = 2_000
+SHORT_MIN = 100
 """Less than this missing from the whole is left alone."""
 
 
@@ -83,7 +83,7 @@ class Group(NamedTuple):
 def even_part(group: Group) -> int:
     """What each node holds of a limit that nobody has divided. A little below the even part, so that it is not more than
     what the node held when it closed its last book."""
-    return WHOLE if group.size == 1 else WHOLE // group.size - 2 * IDLE_GIVE_MIN
+    return WHOLE if group.size == 1 else WHOLE // group.size - IDLE_SLACK
 
 
 class ShareBook:
@@ -96,7 +96,7 @@ class ShareBook:
         self._gifts: dict[Peer, Gift] = {}
         self.epoch = epoch
         self.held = 0
-        """Parts that this node may give out. Only gifts, `begin`, `make` and `give_up` change it; never below 0."""
+        """Parts that this node may give out. Only gifts, `begin` and `settle` change it; never below 0."""
         self.demand = 0
         self.refill_s = refill_s
         self.told: dict[Peer, Told] = {}
@@ -155,12 +155,14 @@ class ShareBook:
         nodes = self._nodes(group)
         return sum(_due(nodes).values())
 
-    def is_complete(self, group: Group) -> bool:
-        """Was every live node heard since it reckons with the same nodes as this one?
+    def _may_make(self, group: Group) -> bool:
+        """Is it for this node to make what is missing, and was every other one heard since it reckons with the same nodes?
 
         Then what a node that has gone had given to it is in its word, and will be no more; so the known sum is the true one.
         """
         told = self.told
+        if not group.may_make or group.silent:
+            return False
         return all(peer in told and told[peer].view == group.view for peer in group.live)
 
     def begin(self, group: Group) -> None:
@@ -176,46 +178,42 @@ class ShareBook:
         known = sum(_due(nodes).values()) + unseen
         self.held = min(max(WHOLE - known, 0), even_part(group))
 
-    def missing(self, group: Group) -> int:
-        """Parts that nobody holds, 0 while it is not for this node to say so."""
-        if not group.may_make or group.silent or not self.is_complete(group):
-            return 0
-        missing = WHOLE - self.known_sum(group)
-        return missing if missing >= SHORT_MIN else 0
-
-    def make(self, parts: int) -> None:
-        """Hold what was missing."""
-        self.held += parts
-
-    def give_up(self, group: Group) -> int:
-        """Two meshes, or two books, have met, and together hold more than the whole: our part of what is too much."""
-        nodes = self._nodes(group)
-        due = _due(nodes)
-        too_much = sum(due.values()) - WHOLE
-        if too_much <= 0:
-            return 0
-        beyond = sum(due[peer] for peer in group.silent if peer in due)
-        excess = self._excess(nodes, due, group, max(WHOLE - beyond, 0))
-        above = sum(parts for parts in excess.values() if parts > 0)
-        mine = excess[self._me]
-        if mine <= 0:
-            return 0
-        parts = min(-(-too_much * mine // above), self.held)
-        self.held -= parts
-        return parts
-
-    def give(self, group: Group) -> dict[Peer, int]:
-        """Lower what is held to what the demand of all nodes makes of it; what each of the others gets of the difference.
+    def settle(self, group: Group, may_make: bool) -> dict[Peer, int]:
+        """Give up what is held twice, make what nobody holds (if this node may), and say what to give to whom.
 
         The gifts are to be written down with `hand_over`.
         """
         nodes = self._nodes(group)
         due = _due(nodes)
+        whole = sum(due.values())
+        before = self.held
+        if whole > WHOLE:
+            self._give_up(nodes, due, group, whole - WHOLE)
+        elif WHOLE - whole >= SHORT_MIN and may_make and self._may_make(group):
+            self.held += WHOLE - whole
+        due[self._me] += self.held - before
+        return self._gifts_now(nodes, due, group)
+
+    def _give_up(
+        self, nodes: Mapping[Peer, Told], due: Mapping[Peer, int], group: Group, too_much: int
+    ) -> None:
+        """Two meshes, or two books, have met, and together hold more than the whole: this is our part of it."""
+        beyond = sum(due[peer] for peer in group.silent if peer in due)
+        excess = self._excess(nodes, due, group, max(WHOLE - beyond, 0))
+        above = sum(parts for parts in excess.values() if parts > 0)
+        mine = excess[self._me]
+        if mine > 0:
+            self.held -= min(-(-too_much * mine // above), self.held)
+
+    def _gifts_now(
+        self, nodes: Mapping[Peer, Told], due: Mapping[Peer, int], group: Group
+    ) -> dict[Peer, int]:
+        """What is held above what the demand of all nodes makes of it, for those who lack it."""
         side = due[self._me] + sum(due[peer] for peer in group.live if peer in due)
         excess = self._excess(nodes, due, group, side)
         mine = min(excess[self._me], self.held)
         is_asked = any(node.demand for node in nodes.values())
-        if mine <= (GIVE_MIN + GIVE_SHARE * self.held if is_asked else IDLE_GIVE_MIN):
+        if mine <= (GIVE_MIN + GIVE_SHARE * self.held if is_asked else IDLE_SLACK // group.size):
             return {}
         lacks = {peer: -parts for peer, parts in excess.items() if parts < 0}
         lacking = sum(lacks.values())
@@ -239,7 +237,7 @@ class ShareBook:
         """Is nobody cut off, does nobody ask, and is what is held what a node begins with, or nearly?"""
         is_idle = not self.demand and not any(told.demand for told in self.told.values())
         spread = self.held - even_part(group)
-        return is_idle and not group.silent and 0 <= spread <= 4 * IDLE_GIVE_MIN
+        return is_idle and not group.silent and 0 <= spread <= 2 * IDLE_SLACK
 
     def _nodes(self, group: Group) -> dict[Peer, Told]:
         nodes = {peer: self.told[peer] for peer in (*group.live, *group.silent) if peer in self.told}

@@ -18,8 +18,8 @@ BODY = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
 LIMIT = 20
 ASKED = 60
 """Requests a second in all: three times the limit."""
-SETTLE_S = 1.5
-MEASURE_S = 2.5
+SETTLE_S = 1.2
+MEASURE_S = 1.75
 
 
 class Load:
@@ -104,20 +104,19 @@ async def test_adm_3_three_nodes_admit_the_limit_and_not_three_times_the_limit()
         await nodes.start("d")
         await eventually(lambda: nodes["d"].ready_count == 1)
         load.spread(dict.fromkeys("acd", ASKED / 3))
-        after = await load.rate()
+        after = await load.rate(1.8)
         assert 18 <= after <= 22, (after, shares(nodes))
         assert sum(shares(nodes).values()) <= 1.02
 
 
-async def test_a_cut_leaves_each_side_its_part_and_healing_brings_it_together():
+async def test_a_cut_leaves_each_side_its_part():
     async with limited("--rate-limit-tokens-per-second", str(LIMIT)) as (nodes, nursery):
         load = Load(nodes, nursery)
         load.spread(dict.fromkeys("abc", ASKED / 3))
-        await trio.sleep(1.5)
+        await trio.sleep(1.0)
         nodes.network.cut("a", "b", "c")
-        cut = await load.rate(1.0, 3.0)
-        assert cut <= 22, (cut, shares(nodes))
-        assert cut >= 15, (cut, shares(nodes))
+        cut = await load.rate(0.5, 2.5)
+        assert 15 <= cut <= 22, (cut, shares(nodes))
         assert sum(shares(nodes).values()) <= 1.03
 
 
@@ -128,8 +127,8 @@ async def test_adm_5_a_tenant_has_its_limit_once(tmp_path: Path):
     async with limited(*flags) as (nodes, nursery):
         load = Load(nodes, nursery, ("authorization: Bearer secret",))
         load.spread(dict.fromkeys("abc", 50))
-        await trio.sleep(3.0)
+        await trio.sleep(1.5)
         # A full bucket of 60, and one a second; each node has an answer or two on its way.
-        assert 55 <= len(load.admitted_s) <= 70, len(load.admitted_s)
-        assert load.refused > 200
+        assert 52 <= len(load.admitted_s) <= 68, len(load.admitted_s)
+        assert load.refused > 50
         await eventually(lambda: nodes.mesh("a").limits.divided == 1)

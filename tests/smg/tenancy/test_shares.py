@@ -13,10 +13,10 @@ from smg.tenancy.share_book import WHOLE, Group, ShareBook, Told, even_part
 from smg.tenancy.shares import (
     ALLOW,
     BOOKS_MAX,
+    BOOKS_PER_STEP_MAX,
     FLOOR,
     LOCAL,
     REF_BYTES_MAX,
-    WORDS_PER_STEP_MAX,
     OneLimit,
     Shares,
     ref_of,
@@ -206,7 +206,7 @@ def test_books_and_words_have_their_bounds():
     told = shares.step(2.0)
     assert shares.books == BOOKS_MAX
     assert shares.refused == 3
-    assert len(told) == WORDS_PER_STEP_MAX
+    assert len(told) == BOOKS_PER_STEP_MAX
     later = shares.step(2.1)
     assert not {ref for ref, _ in told} & {ref for ref, _ in later}  # everybody gets a turn
     shares.hear(b"peer", b"another one", Told(1, 1, 1, 1.0, 0), 2.2)
@@ -242,7 +242,7 @@ def test_nothing_is_accepted_from_a_node_that_reckons_with_others():
     taker = ShareBook(b"b", 1, 1.0)
     giver = ShareBook(b"a", 1, 1.0)
     giver.hear(b"b", taker.words(group), Group([b"b"], [], True, 7))
-    giver.make(500)
+    giver.held = 500
     giver.hand_over({b"b": 500}, 0)
     taker.hear(b"a", giver.words(Group([b"b", b"c"], [], True, 8)), group)
     assert taker.held == 0
@@ -253,14 +253,17 @@ def test_nothing_is_accepted_from_a_node_that_reckons_with_others():
 def test_a_gift_to_a_book_that_is_no_more_is_void_and_made_anew():
     group_a, group_b = Group([b"b"], [], True, 7), Group([b"a"], [], False, 7)
     giver, taker = ShareBook(b"a", 1, 1.0), ShareBook(b"b", 1, 1.0)
-    giver.make(WHOLE)
+    giver.held = WHOLE
     giver.hear(b"b", taker.words(group_b), group_a)
     giver.hand_over({b"b": 400_000}, 0)
     taker.renew(2)
     taker.hear(b"a", giver.words(group_a), group_b)
     assert taker.held == 0
     giver.hear(b"b", taker.words(group_b), group_a)
-    assert giver.missing(group_a) == 400_000
+    giver.settle(group_a, may_make=False)
+    assert giver.held == 600_000
+    giver.settle(group_a, may_make=True)
+    assert giver.held == WHOLE
 
 
 def _is_at_most_the_whole(found: World) -> None:
@@ -303,7 +306,11 @@ def test_whatever_is_lost_late_cut_or_killed_the_parts_are_never_more_than_the_w
     found.loss, found.delay_s = 0.0, DELAYS[0]
     found.demand(**{node.name: 30.0 for node in found.living()})
     found.run(6.0)
-    assert found.held() >= 0.95
+    held = []
+    for _ in range(20):
+        found.run(0.1)
+        held.append(found.held())
+    assert max(held) >= 0.99  # but for what is on its way
     assert found.given_out() <= 1.0 + 1e-9
 
 
