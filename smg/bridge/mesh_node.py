@@ -40,9 +40,10 @@ from smg.bridge.port import BoundPort
 from smg.bridge.prefixes import PREFIX, ModelNeighbours, SharedPrefixes, cache_aware_of
 from smg.bridge.sticky import BYTES_MAX as STICKY_BYTES_MAX
 from smg.bridge.sticky import STICKY, KeysOf, SharedKeys
+from smg.bridge.usage import SharedUsage
 from smg.bridge.view import Sample, View, joining_status, shown_address
 from smg.bridge.warming import Warming
-from smg.bridge.words import AskedChains, AskedPage
+from smg.bridge.words import AskedChains, AskedPage, AskedUsage
 from smg.bridge.workers import ORDERS, WORKERS, Fleet, SharedWorkers
 from smg.errors import SettingsError
 from smg.fleet.block_hashes import BlockSettings
@@ -53,6 +54,7 @@ from smg.fleet.worker import Kind, LoadReport, Worker, WorkerSpec
 from smg.policies.cache_aware import CacheAware
 from smg.policies.policy import Policy
 from smg.settings import Settings
+from smg.tenancy.usage import Book
 
 STEP_LOOKS = 3
 """Looks at our load between two steps of everything else: a step each 100 ms."""
@@ -130,6 +132,9 @@ class Parts(msgspec.Struct, frozen=True, kw_only=True):
     """The policy of a model, made if need be."""
     clock: Callable[[], float]
     """The clock of dispatch."""
+    book: Book
+    since_s: float
+    """The book of usage, and since when it counts (seconds since 1970)."""
     meters: Meters
     log: Log
 
@@ -240,6 +245,9 @@ class MeshNode:
             is_first=lambda: all(peers.name < name for name in peers.live_names),
         )
         self.limits = SharedLimits(state, self._mesh.mesh_partition_limits)
+        self.usage = SharedUsage(
+            parts.book, since_s=parts.since_s, ask=self._agent.ask, names=lambda: peers.live_names
+        )
         self.owners = Owners(
             peers,
             registry,
@@ -492,6 +500,8 @@ class MeshNode:
             return self._chains.answer(asked)
         if isinstance(asked, AskedPage):
             return self._chains.page(peer, asked)
+        if isinstance(asked, AskedUsage):
+            return self.usage.answer(asked)
         return self.owners.answer(peer, asked)
 
     def _member_changed(self, event: Event) -> None:

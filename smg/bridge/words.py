@@ -18,6 +18,7 @@ import msgspec
 import xxhash
 
 from smg.fleet.worker import WorkerSpec
+from smg.tenancy.usage import Row
 
 VERSION = 1
 REF_BYTES = 8
@@ -223,7 +224,25 @@ class AskedPage(Word, frozen=True, gc=False):
     page: U32
 
 
-PLACEMENT, CHAINS, PAGE = 1, 2, 3
+class AskedUsage(Word, frozen=True, gc=False):
+    """A question for a page of a node's book of usage, from line `first` on; only these lines, where one is named."""
+
+    kind: int
+    first: U32
+    tenant: str | None = None
+    model: str | None = None
+
+
+class UsagePage(Word, frozen=True):
+    """Its answer: since when that node counts (seconds since 1970), lines, the line that follows, and whether none does."""
+
+    since_s: float
+    rows: tuple[Row, ...]
+    next: U32
+    is_last: bool
+
+
+PLACEMENT, CHAINS, PAGE, USAGE = 1, 2, 3, 4
 """Kinds of questions."""
 
 W = TypeVar("W", bound=Word)
@@ -275,6 +294,8 @@ _asked = Reader(Asked)
 _told = Reader(Told)
 _asked_chains = Reader(AskedChains)
 _asked_page = Reader(AskedPage)
+_asked_usage = Reader(AskedUsage)
+_usage_page = Reader(UsagePage)
 
 
 def read_parameters(data: bytes) -> Parameters | None:
@@ -326,7 +347,7 @@ def read_told(data: bytes) -> Told | None:
     return _told(data)
 
 
-def read_question(data: bytes) -> Asked | AskedChains | AskedPage | None:
+def read_question(data: bytes) -> Asked | AskedChains | AskedPage | AskedUsage | None:
     """A peer's question of a known kind."""
     try:
         parts = _kind.decode(data)
@@ -337,7 +358,14 @@ def read_question(data: bytes) -> Asked | AskedChains | AskedPage | None:
         return _asked(data)
     if kind == PAGE:
         return _asked_page(data)
+    if kind == USAGE:
+        return _asked_usage(data)
     return _asked_chains(data) if kind == CHAINS else None
+
+
+def read_usage_page(data: bytes) -> UsagePage | None:
+    """A page of a peer's book."""
+    return _usage_page(data)
 
 
 def batch(items: Iterable[msgspec.Struct]) -> bytes:

@@ -14,7 +14,7 @@ from smg.bridge.identity import node_name
 from smg.errors import SettingsError
 from smg.gateway.accounts import Accounts
 from smg.gateway.gates import Tenants
-from smg.gateway.usage_api import UsageApi
+from smg.gateway.usage_api import PeerBooks, UsageApi
 from smg.services.reload import Change, Part
 from smg.settings import Settings
 from smg.telemetry.metrics import Metrics
@@ -27,7 +27,8 @@ FLAG = "--tenant-rate-limit-config"
 
 
 class Accounting:
-    """The accounts of one node: `accounts` for the request path, `api` for `GET /v1/usage`, `limits` when there are any.
+    """The accounts of one node: `accounts` for the request path, `limits` when there are any, the `book` of usage and since
+    when it counts (seconds since 1970).
 
     Raises `SettingsError` when the limits file cannot be used.
     """
@@ -36,12 +37,16 @@ class Accounting:
         limits = settings.limits
         self._path = limits.tenant_rate_limit_config if limits.tenant_rate_limit_enabled else None
         self.limits = None if self._path is None else TenantLimits(read_plans(self._path))
-        book = Book()
-        self.accounts = Accounts(tenants, book, metrics, self.limits)
+        self.book = Book()
+        self.since_s = time.time()
+        self.accounts = Accounts(tenants, self.book, metrics, self.limits)
         mesh = settings.mesh
-        node = node_name(mesh) if mesh.ha_mesh else "local"
-        self.api = UsageApi(book, node=node, since_s=time.time())
-        metrics.add_source(book.samples)
+        self._node = node_name(mesh) if mesh.ha_mesh else "local"
+        metrics.add_source(self.book.samples)
+
+    def api(self, peers: PeerBooks | None) -> UsageApi:
+        """`GET /v1/usage`; `peers` tells the books of the other nodes of a mesh."""
+        return UsageApi(self.book, node=self._node, since_s=self.since_s, peers=peers)
 
     def parts(self) -> list[Part]:
         """What of these rooms can be reloaded."""

@@ -113,6 +113,7 @@ class Node:
         has_mesh = settings.mesh.ha_mesh
         seed = cluster_seed(settings.mesh) if has_mesh else rng.getrandbits(64)
         self._caches = Caches(settings.routing, self.registry, seed)
+        self.accounting = Accounting(settings, self._access.tenants, self.metrics)
         self.mesh = self._make_mesh(mesh_transport) if has_mesh else None
         self._reports = self._make_reports(client)
         self._policies = PolicyTable(
@@ -126,7 +127,6 @@ class Node:
         )
         self._admission = self._scheduling.admission
         self._tallies = Tallies(self.metrics)
-        self.accounting = Accounting(settings, self._access.tenants, self.metrics)
         if self.mesh is not None:
             share_limits(self.mesh.limits, self._admission, self.accounting.limits, trio.current_time())
         self._sender = _span_sender(settings)
@@ -273,6 +273,8 @@ class Node:
                 policy_known=lambda model, kind: self._policies.known(model, kind),
                 policy_of=lambda model: self._policies.policy_for(model),
                 clock=lambda: self._readiness.now_s,
+                book=self.accounting.book,
+                since_s=self.accounting.since_s,
                 meters=mesh_meters(self.metrics),
                 log=logs.logger("smg.mesh"),
             ),
@@ -384,7 +386,7 @@ class Node:
             "put_worker": workers.put_worker,
             "delete_worker": workers.delete_worker,
             "explain": explain.explain,
-            "usage": self.accounting.api.usage,
+            "usage": self.accounting.api(self.mesh.usage if self.mesh is not None else None).usage,
             "mesh_status": mesh.mesh_status,
             "mesh_members": mesh.mesh_members,
             "mesh_limits": mesh.mesh_limits,

@@ -55,6 +55,8 @@ def print_usage(document: dict[str, Any]) -> None:
     for node in document["nodes"]:
         since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(node["since"]))
         print(f"{node['name']}: since {since}")
+    for name in document["missing"]:
+        print(f"{name}: did not answer, what it has counted is missing here")
     rows = [
         (row["tenant"], row["model"], *(str(row[name]) for name in _NUMBERS)) for row in document["usage"]
     ]

@@ -8,6 +8,7 @@ never looks at an answer and never asks a peer: books of other nodes are handed 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import islice
 
 import msgspec
 
@@ -151,6 +152,15 @@ class Book:
             if (tenant is None or entry.tenant == tenant) and (model is None or entry.model == model)
         ]
         return tuple(sorted(found, key=lambda row: (row.tenant, row.model)))
+
+    @property
+    def count(self) -> int:
+        """How many lines there are; they are never taken out."""
+        return len(self._entries)
+
+    def page(self, first: int, most: int) -> tuple[Row, ...]:
+        """Lines in the order in which they were begun, from `first` on; at most `most`."""
+        return tuple(entry.row() for entry in islice(self._entries.values(), first, first + most))
 
     def samples(self) -> Iterable[tuple[str, tuple[str, ...], float]]:
         """What is scraped (MET-9): name, label values, value. Equal ones add up."""

@@ -11,6 +11,7 @@ import openai
 import pytest
 
 from smg.errors import SettingsError
+from tests.e2e.cluster import cluster
 from tests.e2e.fake_worker import (
     answers,
     closes,
@@ -357,3 +358,27 @@ async def test_err_31_a_role_that_is_too_low_raises_permission_denied():
                     second.with_options(api_key="wrong").post(f"{gateway.url}/flush_cache", cast_to=object)
 
             await in_thread(use)
+
+
+async def test_usage_of_a_mesh_is_the_sum_and_a_node_that_is_gone_is_not_in_it():
+    async with fake_worker("m") as worker:
+        more = *KEYS, "--control-plane-api-keys", "ops:Ops:admin:of-ops"
+        async with cluster("a", "b", "c", workers=[worker], flags=more) as mesh:
+            for name, count in (("a", 1), ("b", 2), ("c", 3)):
+                for _ in range(count):
+                    assert (await mesh[name].ask(CHAT, HELLO, RED)).status == 200
+
+            async def asked(name: str) -> Any:
+                return (await mesh[name].ask("/v1/usage", None, "authorization: Bearer of-ops")).document
+
+            for name in "abc":
+                document = await asked(name)
+                assert [node["name"] for node in document["nodes"]] == ["a", "b", "c"]
+                assert document["missing"] == []
+                assert [(row["tenant"], row["requests"]) for row in document["usage"]] == [("auth:red", 6)]
+                assert document["total"]["prompt_tokens"] == 18
+            await mesh.crash("c")
+            await eventually(lambda: "c" not in mesh.mesh("a").peers.live_names, 10)
+            document = await asked("a")
+            assert [node["name"] for node in document["nodes"]] == ["a", "b"]
+            assert document["total"]["requests"] == 3

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from smg.bridge import words
 from smg.bridge.words import VERSION
 from smg.fleet.worker import WorkerSpec, worker_id
+from smg.tenancy.usage import Row
 
 SPEC = WorkerSpec(url="http://w:1", model_id="m", labels={"a": "b"}, api_key="k", priority=60)
 REF = b"12345678"
@@ -31,6 +32,8 @@ WORDS = [
     (words.read_question, words.Asked(VERSION, words.PLACEMENT, True, "m", 500, 128.5, None, 2000, b"")),
     (words.read_question, words.AskedChains(VERSION, words.CHAINS, ((REF, 2**64 - 1),))),
     (words.read_question, words.AskedPage(VERSION, words.PAGE, REF, 3)),
+    (words.read_question, words.AskedUsage(VERSION, words.USAGE, 7, "auth:a", None)),
+    (words.read_usage_page, words.UsagePage(VERSION, 1.7e9, (Row("t", "m", 1, 2, 3, 4, 5),), 8, True)),
 ]
 ITEMS = [
     words.Placed(REF, 7, 2**64 - 1, 12.5, 30, words.pack_hashes([1, 2**64 - 1]), 9),

@@ -17,6 +17,7 @@ ROW = {
 USAGE: dict[str, Any] = {
     "object": "usage",
     "nodes": [{"name": "a", "since": 1700000000.25}, {"name": "b", "since": 1700000100}],
+    "missing": ["c"],
     "usage": [ROW],
     "total": {name: number for name, number in ROW.items() if name not in ("tenant", "model")},
 }
@@ -46,6 +47,7 @@ def test_a_row_a_sum_and_since_when(capsys: pytest.CaptureFixture[str]):
     assert run(gateway) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "a: since 2023-11-14 22:13:20 UTC" and lines[1].startswith("b: since")
+    assert lines.pop(2) == "c: did not answer, what it has counted is missing here"
     assert lines[2].split() == ["TENANT", "MODEL", "REQUESTS", "PROMPT", "CACHED", "COMPLETION", "ESTIMATED"]
     assert lines[3].split() == ["auth:red", "m", "3", "1234567", "12", "6", "1"]
     assert lines[4].split() == ["total", "3", "1234567", "12", "6", "1"]
