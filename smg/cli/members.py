@@ -1,6 +1,7 @@
 """What one of several processes on a port is started with: its part of the limits, its place in the mesh, its own files.
 
-Owns the division. Limits of the gateway hold for all processes together, so each gets a share; the mesh is the one that was
+Owns the division. Limits of the gateway hold for all processes together: slots and queue are cut into shares, and limits of rate
+stay whole, because the mesh of the processes divides them by demand. The mesh is the one that was
 asked for, with a name and a port per process, or one of their own on the loopback. Pure: which ports are free, and who starts
 whom, is the supervisor's matter.
 """
@@ -43,7 +44,6 @@ def member_settings(settings: Settings, member: Member, host: Host) -> Settings:
     limits = settings.limits
     replace = msgspec.structs.replace
     in_flight_max = limits.in_flight_max(host.cores)
-    rate = limits.requests_per_second()
     return replace(
         settings,
         mesh=_mesh(settings.mesh, member, host),
@@ -51,7 +51,6 @@ def member_settings(settings: Settings, member: Member, host: Host) -> Settings:
             limits,
             max_concurrent_requests=0 if in_flight_max is None else share(in_flight_max, member),
             queue_size=-(-limits.queue_size // member.count),
-            rate_limit_tokens_per_second=None if rate is None else rate / member.count,
         ),
         telemetry=replace(settings.telemetry, log_dir=_folder(settings.telemetry.log_dir, member)),
         routing=replace(settings.routing, record_trace=_file(settings.routing.record_trace, member)),

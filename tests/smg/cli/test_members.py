@@ -53,10 +53,7 @@ def test_limits_of_all_processes_are_those_that_were_given(
     assert queue <= sum(part.queue_size for part in parts) < queue + count
     assert all((part.queue_size == 0) == (queue == 0) for part in parts)
     rates = [part.requests_per_second() for part in parts]
-    if limits.requests_per_second() is None:
-        assert rates == [None] * count
-    else:
-        assert sum(part or 0.0 for part in rates) == pytest.approx(limits.requests_per_second())
+    assert rates == [limits.requests_per_second()] * count  # divided by the mesh
 
 
 def test_without_a_mesh_the_processes_are_one_of_their_own_on_the_loopback() -> None:
