@@ -29,7 +29,7 @@ PICTURE_BYTES_MAX = 300_000
 MODEL = "llama-3.3-70b"
 NODES = 3
 ENGINES = 6
-TALKERS = 60
+TALKERS = 40
 ASSISTANTS = 5
 TURNS = 8
 SECONDS = 75.0
@@ -81,7 +81,7 @@ def commands_of(ports: Sequence[int]) -> list[list[str]]:
     """The engines and the nodes; `ports` are those of the engines, then three of each node: serving, metrics, mesh."""
     engines, nodes = ports[:ENGINES], ports[ENGINES:]
     quiet = ("--log-level", "error")
-    commands = [["engine", "--port", *map(str, engines), "--model", MODEL, "--kv-blocks", "1500"]]
+    commands = [["engine", "--port", *map(str, engines), "--model", MODEL, "--kv-blocks", "1100"]]
     for place in range(NODES):
         serving, metrics, mesh = nodes[3 * place : 3 * place + 3]
         command = [

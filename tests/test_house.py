@@ -24,7 +24,9 @@ DOCSTRING_WORDS_MIN = 6
 
 CODE_FOLDERS = ("smg", "mesh", "tests", "scripts")
 TEXT_FOLDERS = (*CODE_FOLDERS, "docs", "deploy", ".ci")
-TEXT_SUFFIXES = {"", ".py", ".md", ".toml", ".svg", ".yaml", ".yml", ".sh", ".json", ".service", ".txt"}
+TEXT_SUFFIXES = {
+    "", ".py", ".md", ".toml", ".svg", ".yaml", ".yml", ".sh", ".json", ".service", ".txt", ".html", ".css", ".js",
+}  # fmt: skip
 
 WAITING_MODULES = {
     "anyio", "asyncio", "concurrent", "logging", "multiprocessing", "select", "selectors", "signal", "socket",

@@ -259,7 +259,7 @@
   }));
   function fillMember(parts, member) {
     parts.name(member.name, member.version, member.is_self ? "this node" : "");
-    const silent = !member.is_self && member.state !== "alive" ? `heard ${inWords(member.last_seen_s)} ago` : "";
+    const silent = !member.is_self && member.state !== "alive" ? `heard ${uptime(member.last_seen_s)} ago` : "";
     parts.state(words(member.state), MEMBER_TONES[member.state] || "idle", silent);
     parts.rtt(member.rtt_ms === null ? NONE : inWords(member.rtt_ms / 1000), member.rtt_ms === null);
     parts.lag(member.lag_ms === null ? NONE : inWords(member.lag_ms / 1000), member.lag_ms === null);
@@ -333,6 +333,7 @@
     });
     show(find("decisions-empty"), all.length === 0);
     show(find("legend"), items.some((item) => item.cost !== null));
+    show(find("decisions-foot"), all.length > 0);
   }
   let showsAll = false;
   find("decisions-more").addEventListener("click", () => { showsAll = !showsAll; if (latest) drawDecisions(latest); });
