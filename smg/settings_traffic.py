@@ -453,7 +453,7 @@ class Limits(Group, frozen=True, kw_only=True):
         Flag(
             unit="requests per second",
             at_least=0,
-            doc="Requests that may start per second (ADM-3). 0: no limit.",
+            doc="Requests that may start per second, on all nodes of a mesh together (ADM-3). 0: no limit.",
         ),
     ] = None
     tenant_rate_limit_enabled: Annotated[
