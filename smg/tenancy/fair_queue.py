@@ -67,6 +67,14 @@ class FairQueue(Generic[Q]):
         """Who has waited longest; there must be somebody."""
         return next(iter(self._order))
 
+    @property
+    def head(self) -> Q:
+        """Whose turn it is; there must be somebody."""
+        heap = self._heap
+        while not self._is_valid(heap[0]):
+            heappop(heap)
+        return next(iter(self._flows[heap[0][2]].queue))
+
     def everybody(self) -> list[Q]:
         """All who wait, in order of arrival."""
         return list(self._order)
@@ -91,13 +99,10 @@ class FairQueue(Generic[Q]):
 
     def pop(self) -> Q:
         """Takes out whose turn it is; there must be somebody."""
-        heap, flows = self._heap, self._flows
-        while True:
-            start, turn, tenant = heappop(heap)
-            flow = flows.get(tenant)
-            if flow is not None and flow.turn == turn:
-                break
-        request, _ = flow.queue.popitem(last=False)
+        request = self.head
+        start, _, tenant = heappop(self._heap)
+        flow = self._flows[tenant]
+        del flow.queue[request]
         del self._order[request]
         self._virtual = max(self._virtual, start)
         flow.finish = start + request.cost_s / request.weight

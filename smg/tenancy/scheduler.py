@@ -17,7 +17,8 @@ The life of a request:
 To act on a ticket is to wake it when it is ADMITTED or EXPIRED, and to interrupt it with `preempted_error()` when it is
 PREEMPTED; its slot is somebody else's by then. `expire(now)` does what time alone does, several times a second.
 
-Invariant: after every call, nobody waits who could go (docs/decisions/0008). So whoever arrives and finds room overtakes nobody.
+Invariant: after every call, nobody waits who could go (docs/decisions/0008). Who is next at a gate and needs more room than
+there is keeps the others there from filling it up.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from itertools import islice
 from smg.errors import GatewayError
 from smg.tenancy.admission import ADMITTED, EXPIRED, LEFT, RETRY_AFTER_S, WAITING
 from smg.tenancy.priorities import CLASS_NAMES, PREFILL_AHEAD_S, RANKS, Rules
-from smg.tenancy.slots import Gate, Slots
+from smg.tenancy.slots import Gate, Slots, size_of
 
 PREEMPTED = "preempted"
 RETRY_PREEMPTED_S = 1.0
@@ -43,7 +44,7 @@ NOBODY: Sequence[Ticket] = ()
 class Ticket:
     """A request at the scheduler. `waiter` belongs to the gateway: whatever it wakes and interrupts the request by.
 
-    `share` is what it holds of its gate, `others` are those whom its coming has changed.
+    `size` is what it needs of its gate and `share` what it holds of it; `others` are those whom its coming has changed.
     """
 
     __slots__ = (
@@ -56,6 +57,7 @@ class Ticket:
         "others",
         "rank",
         "share",
+        "size",
         "state",
         "tenant",
         "waiter",
@@ -69,6 +71,7 @@ class Ticket:
         tenant: str,
         weight: float,
         cost_s: float,
+        size: float,
         is_stream: bool,
         waiter: object,
         now: float,
@@ -78,6 +81,7 @@ class Ticket:
         self.tenant = tenant
         self.weight = weight
         self.cost_s = cost_s
+        self.size = size
         self.is_stream = is_stream
         self.waiter = waiter
         self.entered_s = now
@@ -163,12 +167,14 @@ class Scheduler:
         """
         rules, slots = self.rules, gate.slots
         weight = rules.weight(tenant) if rules.tenants else 1.0
-        ticket = Ticket(gate, rank, tenant, weight, cost_s, is_stream, waiter, now)
-        if gate.due_s <= now and not gate.waiting:
-            gate.release_due(now)
-        if gate.is_open() and slots.free_for(rank) > 0:
-            self._start(ticket, now)
-            return ticket
+        size = size_of(cost_s, self._ahead_s)
+        ticket = Ticket(gate, rank, tenant, weight, cost_s, size, is_stream, waiter, now)
+        if not gate.waiting:
+            if gate.due_s <= now:
+                gate.release_due(now)
+            if gate.fits(ticket) and slots.free_for(rank) > 0:
+                self._start(ticket, now)
+                return ticket
         if rules.classes[rank].can_preempt and not any(slots.waiting[rank:]):
             victim = self._victim(ticket)
             if victim is not None:
@@ -186,8 +192,11 @@ class Scheduler:
             )
         ticket.deadline_s = now + rules.classes[rank].queue_timeout_s
         gate.queues[rank].push(ticket)
+        gate.waiting += 1
         slots.waiting[rank] += 1
         self._waiting[rank] += 1
+        if gate.waiting > 1:  # those who were there may wait for more room than this one needs
+            ticket.others = [each for each in self._fill(slots, now) if each is not ticket]
         return ticket
 
     def first_byte(self, ticket: Ticket, now: float) -> Sequence[Ticket]:
@@ -272,6 +281,7 @@ class Scheduler:
                 for rank, queue in enumerate(gate.queues):
                     for ticket in queue.everybody():
                         ticket.deadline_s = ticket.entered_s + rules.classes[rank].queue_timeout_s
+                        ticket.size = size_of(ticket.cost_s, self._ahead_s)
             changed += self.resize(slots, slots.capacity, now)
         return changed
 
@@ -311,7 +321,7 @@ class Scheduler:
         ticket.admitted_s = now
         gate.slots.take(ticket)
         gate.slots.promoted_s[rank] = now
-        gate.take(ticket, self._ahead_s, now)
+        gate.take(ticket, now)
         self.counts.admitted[rank] += 1
 
     def _fill(self, slots: Slots, now: float) -> Sequence[Ticket]:
@@ -320,58 +330,52 @@ class Scheduler:
             return NOBODY
         gone = []
         while slots.total < slots.capacity:
-            gate_and_rank = self._overdue(slots, now) or self._next(slots, now)
+            # Gates where somebody is next who needs more room than there is: nobody may fill that up meanwhile.
+            blocked: set[Gate] = set()
+            gate_and_rank = self._overdue(slots, blocked, now) or self._next(slots, blocked, now)
             if gate_and_rank is None:
                 break
             gate, rank = gate_and_rank
             ticket = gate.queues[rank].pop()
+            gate.waiting -= 1
             slots.waiting[rank] -= 1
             self._waiting[rank] -= 1
             self._admit(ticket, now)
             gone.append(ticket)
         return gone
 
-    def _next(self, slots: Slots, now: float) -> tuple[Gate, int] | None:
+    def _next(self, slots: Slots, blocked: set[Gate], now: float) -> tuple[Gate, int] | None:
         """The highest class that may go, and the gate where somebody has waited longest for it."""
         for rank in reversed(RANKS):
             if not slots.waiting[rank]:
                 continue
             since_s = now - self.rules.classes[rank].starvation_s
             # Who has waited for too long may use what is reserved for others.
-            gate = self._oldest(slots, rank, now if slots.free_for(rank) > 0 else since_s)
+            gate = _gate_of(slots, rank, now if slots.free_for(rank) > 0 else since_s, blocked)
             if gate is not None:
                 return gate, rank
         return None
 
-    def _overdue(self, slots: Slots, now: float) -> tuple[Gate, int] | None:
+    def _overdue(self, slots: Slots, blocked: set[Gate], now: float) -> tuple[Gate, int] | None:
         """The class that was given nothing for its whole bound goes before all others; of several, the one due first.
 
         Once per bound: else a lower class with an endless queue would turn the order upside down.
         """
-        found, due_s = None, now
+        due = []
         for rank in RANKS:
-            if not slots.waiting[rank]:
-                continue
-            bound_s = self.rules.classes[rank].starvation_s
-            if slots.promoted_s[rank] + bound_s <= due_s:
-                gate = self._oldest(slots, rank, now - bound_s)
-                if gate is not None:
-                    came_s = gate.queues[rank].oldest.entered_s
-                    rank_due_s = max(slots.promoted_s[rank], came_s) + bound_s
-                    if rank_due_s <= due_s:
-                        found, due_s = (gate, rank), rank_due_s
-        if found is not None and any(slots.waiting[found[1] + 1 :]):
-            self.counts.promoted[found[1]] += 1
-        return found
-
-    def _oldest(self, slots: Slots, rank: int, until_s: float) -> Gate | None:
-        """The open gate whose longest waiting request of a class came first, and by `until_s`."""
-        found, came_s = None, until_s
-        for gate in slots.gates:
-            queue = gate.queues[rank]
-            if queue and queue.oldest.entered_s <= came_s and gate.is_open():
-                found, came_s = gate, queue.oldest.entered_s
-        return found
+            if slots.waiting[rank]:
+                bound_s = self.rules.classes[rank].starvation_s
+                came_s = min(gate.queues[rank].oldest.entered_s for gate in slots.gates if gate.queues[rank])
+                due_s = max(slots.promoted_s[rank], came_s) + bound_s
+                if due_s <= now:
+                    due.append((due_s, rank, now - bound_s))
+        for _, rank, since_s in sorted(due):
+            gate = _gate_of(slots, rank, since_s, blocked)
+            if gate is not None:
+                if any(slots.waiting[rank + 1 :]):
+                    self.counts.promoted[rank] += 1
+                return gate, rank
+        return None
 
     # -- who has to give way
 
@@ -388,7 +392,7 @@ class Scheduler:
             held = slots.preemptable[rank]
             for candidate in islice(reversed(held), PREEMPT_LOOKS_MAX):
                 share = candidate.share if candidate.gate is gate else 0.0
-                if gate.is_open(share) and self._may_preempt(candidate.waiter):
+                if gate.fits(ticket, share) and self._may_preempt(candidate.waiter):
                     return candidate
         return None
 
@@ -406,11 +410,9 @@ class Scheduler:
         for rank in reversed(RANKS):
             if not slots.waiting[rank] or not self.rules.classes[rank].can_preempt:
                 continue
-            gate = self._oldest(slots, rank, now)
-            if gate is None:
-                continue
-            ticket = gate.queues[rank].oldest
-            victim = self._victim(ticket)
+            gates = [gate for gate in slots.gates if gate.queues[rank]]
+            gate = min(gates, key=lambda gate: gate.queues[rank].oldest.entered_s)
+            victim = self._victim(gate.queues[rank].head)
             if victim is not None:
                 self._give_way(victim, rank)
                 changed.append(victim)
@@ -420,8 +422,25 @@ class Scheduler:
     def _unqueue(self, ticket: Ticket, state: str) -> None:
         ticket.state = state
         ticket.gate.queues[ticket.rank].remove(ticket)
+        ticket.gate.waiting -= 1
         ticket.gate.slots.waiting[ticket.rank] -= 1
         self._waiting[ticket.rank] -= 1
+
+
+def _gate_of(slots: Slots, rank: int, until_s: float, blocked: set[Gate]) -> Gate | None:
+    """The gate where the longest waiting request of a class came first, and by `until_s`, and where the next one has room.
+
+    Gates where the next one has no room are added to `blocked`.
+    """
+    found, came_s = None, until_s
+    for gate in slots.gates:
+        queue = gate.queues[rank]
+        if queue and queue.oldest.entered_s <= until_s and gate not in blocked:
+            if not gate.fits(queue.head):
+                blocked.add(gate)
+            elif queue.oldest.entered_s <= came_s:
+                found, came_s = gate, queue.oldest.entered_s
+    return found
 
 
 def _ahead_s(rules: Rules) -> float:

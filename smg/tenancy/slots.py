@@ -23,8 +23,15 @@ NO_BOUND = sys.maxsize
 """Slots where nobody set a limit."""
 
 _ROUNDING = 1e-9
-SHARE_MIN = 1 / 1024
+SIZE_MIN = 1 / 1024
 """Smallest share of a place: what costs nothing by the estimate still is one more request."""
+
+
+def size_of(cost_s: float, ahead_s: float) -> float:
+    """The part of a place that a prefill of `cost_s` takes, when `ahead_s` fill a place: the whole at most."""
+    return 1.0 if cost_s >= ahead_s else max(cost_s / ahead_s, SIZE_MIN)
+
+
 PACE_MIN, PACE_MAX = 1 / 16, 4.0
 """Bounds of the pace: what an estimate may be wrong by."""
 _PACE_LEARNED = 0.1
@@ -103,7 +110,7 @@ class Gate:
     """The way to one set of workers.
 
     `places` is the number of workers, or without bound when there is none (dispatch knows what to tell them) or none is
-    wanted. `open` is the prefill under way, in places.
+    wanted. `open` is the prefill under way, in places; `waiting` the requests in the queues.
     """
 
     __slots__ = (
@@ -116,6 +123,7 @@ class Gate:
         "places",
         "queues",
         "slots",
+        "waiting",
         "workers",
     )
 
@@ -126,17 +134,13 @@ class Gate:
         self.places = math.inf
         self.open = 0.0
         self.queues: tuple[FairQueue[Ticket], ...] = tuple(FairQueue() for _ in RANKS)
+        self.waiting = 0
         self.pace = 1.0
         self._holders = 0
         # Shares of answers that are no streams: nothing tells when their prefill ends, so they end by the estimate.
         self._holds: list[tuple[float, int, Ticket]] = []
         self._stalled_s = 0.0  # what the clock of these estimates is behind
         self._sequence = 0
-
-    @property
-    def waiting(self) -> int:
-        """Requests in the queues."""
-        return sum(map(len, self.queues))
 
     @property
     def is_idle(self) -> bool:
@@ -148,20 +152,18 @@ class Gate:
         self.workers = workers
         self.places = float(workers) if workers and is_bounded else math.inf
 
-    def is_open(self, less: float = 0.0) -> bool:
-        """Whether another prefill may be sent, if `less` were not under way."""
-        return self.open - less + _ROUNDING < self.places
+    def fits(self, ticket: Ticket, less: float = 0.0) -> bool:
+        """Whether the prefill of `ticket` may be sent now, if `less` were not under way."""
+        return self.open - less + ticket.size <= self.places + _ROUNDING
 
-    def take(self, ticket: Ticket, ahead_s: float, now: float) -> None:
-        """The prefill of `ticket` is under way; `ahead_s` is the estimated time that makes a whole place."""
-        cost_s = ticket.cost_s
-        share = 1.0 if cost_s >= ahead_s else max(cost_s / ahead_s, SHARE_MIN)
-        ticket.share = share
-        self.open += share
+    def take(self, ticket: Ticket, now: float) -> None:
+        """The prefill of `ticket` is under way."""
+        ticket.share = ticket.size
+        self.open += ticket.size
         self._holders += 1
         if not ticket.is_stream:
             self._sequence += 1
-            heappush(self._holds, (now - self._stalled_s + cost_s * self.pace, self._sequence, ticket))
+            heappush(self._holds, (now - self._stalled_s + ticket.cost_s * self.pace, self._sequence, ticket))
 
     def release(self, ticket: Ticket) -> None:
         """The prefill of `ticket` is over; nothing when that was known already."""
@@ -204,7 +206,7 @@ class Gate:
                 self.pace *= 1.0 + _PACE_RETURN * seconds
             return
         self._stalled_s += seconds * backed_up_ratio
-        if self.waiting and not self.is_open():
+        if self.waiting and self.open + 1.0 > self.places:
             slower, faster = _PACE_UP * backed_up_ratio, _PACE_DOWN * (1.0 - backed_up_ratio)
             self.pace = min(max(self.pace * (1.0 + (slower - faster) * seconds), PACE_MIN), PACE_MAX)
 

@@ -367,6 +367,8 @@ async def test_adm_6_a_flood_of_long_prompts_stands_before_nobody_else():
         other = await sent(gateway, "authorization: Bearer key-o", document=STREAM)
         await eventually(lambda: waiting(gateway) == 3)
         gates[0].open.set()
+        await eventually(lambda: len(worker.turns) == 2)
+        gates[1].open.set()
         await eventually(lambda: len(worker.turns) == 3)
         assert [len(turn.body) > 1000 for turn in worker.turns] == [True, False, True]
         for gate in gates:

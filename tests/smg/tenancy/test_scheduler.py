@@ -269,9 +269,10 @@ def test_one_long_prefill_per_worker_is_under_way_and_the_next_goes_at_its_first
     states = [play.enter(f"f{n}", tenant="flood", cost_s=LONG_S).state for n in range(5)]
     assert states == [ADMITTED, ADMITTED, WAITING, WAITING, WAITING]
     play.enter("short", tenant="other")
-    # The short one is next, and the place it leaves is large enough for another long one behind it.
-    assert play.first_byte("f0") == ["short", "f2"]
-    assert play.first_byte("short") == []
+    # The short one is next. The long one behind it waits until its place is whole: sent now, it might come first.
+    assert play.first_byte("f0") == ["short"]
+    assert play.enter("again", tenant="flood").state == WAITING  # nor does its tenant's next short one fill that up
+    assert play.first_byte("short") == ["f2"]
     assert play.leave("f0") == []  # its slot was not what others waited for
     assert play.first_byte("f1") == ["f3"]
 

@@ -155,7 +155,7 @@ def test_plain_answers_tell_nothing_of_their_prefill_so_that_it_is_a_little_more
     world = World(engines, Rules(), estimate, is_stream=False)
     world.run(300.0, flood=48)
     assert p99(world.ttft_s["other"]) <= p99(alone.ttft_s["other"]) + 1.3 * world.prefill_s
-    assert world.busy_ratio >= 0.94
+    assert world.busy_ratio >= 0.92
     assert 0.6 / estimate <= world.gate.pace <= 1.8 / estimate
 
 
@@ -191,7 +191,7 @@ def test_the_bound_costs_short_prompts_no_throughput(tokens, is_stream):
         world.run(30.0)
         return len(world.ttft_s["t"])
 
-    assert answered(Rules()) >= (0.99 if is_stream else 0.9) * answered(Rules(prefill_ahead_s=None))
+    assert answered(Rules()) >= (0.98 if is_stream else 0.88) * answered(Rules(prefill_ahead_s=None))
 
 
 def test_a_lower_class_gets_its_turn_beside_a_flood_of_a_higher_one():

@@ -11,7 +11,7 @@ from smg.errors import GatewayError
 from smg.tenancy.admission import ADMITTED, EXPIRED, WAITING
 from smg.tenancy.priorities import RANKS, ClassRules, Rules, TenantRules
 from smg.tenancy.scheduler import PREEMPTED, Scheduler, Ticket
-from smg.tenancy.slots import Gate, Slots
+from smg.tenancy.slots import Gate, Slots, size_of
 
 WHAT = (
     *["enter"] * 6,
@@ -60,6 +60,7 @@ class Shell:
         self.now = 0.0
         self.number = 0
         self.has_shrunk = False
+        self.has_swept = False
         self.parked: list[Ticket] = []
         self.woken: list[Ticket] = []
         self.running: list[Ticket] = []
@@ -81,6 +82,7 @@ class Shell:
 
     def do(self, what: str, pick: int) -> None:
         scheduler = self.scheduler
+        self.has_swept = what == "second"
         if what == "enter":
             self.enter(pick)
         elif what == "finish" and self.running:
@@ -123,25 +125,29 @@ class Shell:
         tenant = "abc"[pick // 64 % 3]
         if not gate.waiting:
             gate.release_due(self.now)  # as whoever arrives does
-        room = gate.is_open() and self.slots.free_for(rank) > 0
+        size = size_of(
+            cost_s,
+            0.25 if self.scheduler.rules.prefill_ahead_s is None else self.scheduler.rules.prefill_ahead_s,
+        )
+        room = gate.open + size <= gate.places + 1e-9 and self.slots.free_for(rank) > 0
         waiting = self.scheduler.waiting[rank]
         self.number += 1
         try:
             ticket = self.scheduler.enter(gate, rank, tenant, cost_s, pick % 2 == 0, self.number, self.now)
         except GatewayError as error:
             assert error.code == "scheduler_queue_full"
-            assert not room and waiting >= self.scheduler.rules.classes[rank].queue_size
+            assert (not room or gate.waiting) and waiting >= self.scheduler.rules.classes[rank].queue_size
             return
         if ticket.state is ADMITTED:
             assert room or ticket.others[0].state is PREEMPTED
             self.running.append(ticket)
         else:
-            assert ticket.state is WAITING and not room and not ticket.others
+            assert ticket.state is WAITING and (not room or gate.waiting > 1)
             self.parked.append(ticket)
-        if ticket.others:
-            victim = ticket.others[0]
-            assert victim.rank < rank and victim.waiter not in self.blocked
-            self.act(ticket.others)
+        for victim in ticket.others:
+            if victim.state is PREEMPTED:
+                assert victim.rank < rank and victim.waiter not in self.blocked
+        self.act(ticket.others)
 
     def check(self) -> None:
         slots, scheduler = self.slots, self.scheduler
@@ -158,9 +164,23 @@ class Shell:
             shares = sum(ticket.share for ticket in holders if ticket.gate is gate)
             assert gate.open == pytest.approx(shares, abs=1e-6)
             assert gate.waiting == sum(ticket.gate is gate for ticket in self.parked)
-        for ticket in self.parked:
-            could_go = ticket.gate.is_open() and slots.free_for(ticket.rank) > 0
-            assert not could_go, "somebody waits who could go"
+            self.check_nobody_could_go(gate)
+
+    def check_nobody_could_go(self, gate: Gate) -> None:
+        slots, classes = self.slots, self.scheduler.rules.classes
+        for rank in reversed(RANKS):
+            if gate.queues[rank]:
+                if not gate.fits(gate.queues[rank].head):
+                    return  # it keeps lower classes from filling up the room that it waits for
+                bound_s = classes[rank].starvation_s
+                if any(
+                    gate.queues[other] and slots.promoted_s[other] + classes[other].starvation_s <= self.now
+                    for other in RANKS
+                ):
+                    return  # as may a class that has been given nothing for long
+                assert slots.free_for(rank) <= 0, "somebody waits who could go"
+                if self.has_swept and slots.total < slots.capacity:
+                    assert gate.queues[rank].oldest.entered_s > self.now - bound_s
 
     def end(self) -> None:
         """Everybody goes home, in an order that wakes others on the way."""
@@ -215,6 +235,7 @@ def test_starvation_is_bounded_whatever_comes_above(capacity, arrivals, ahead_s)
             ticket = scheduler.enter(gate, each, "t", cost_s, True, None, now)
             if ticket.state is ADMITTED:
                 changed.append(ticket)
+            changed += ticket.others
         for ticket in changed:
             running.append((now + run_s, ticket))
             served_s[ticket.rank] = now
