@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from smg.telemetry.catalog import BY_NAME, COUNTER, DURATION_BUCKETS_S, FAMILIES, GAUGE, HISTOGRAM
+from smg.telemetry.catalog import (
+    BY_NAME,
+    COUNTER,
+    DURATION_BUCKETS_S,
+    FAMILIES,
+    GAUGE,
+    HISTOGRAM,
+    SUMMED_GAUGES,
+)
 
 ROUTE = "router_type backend_type connection_mode model endpoint"
 GENERATION = "router_type backend_type model endpoint"
@@ -69,6 +77,16 @@ def test_a_family_of_the_contract_has_its_kind_and_labels(name: str) -> None:
     assert (BY_NAME[name].kind, BY_NAME[name].labels) == (kind, tuple(labels.split()))
 
 
+def test_gauges_that_several_processes_add_are_gauges_without_a_state() -> None:
+    own = {name for name in SUMMED_GAUGES if name.startswith("smg_")}
+    assert all(BY_NAME[name].kind == GAUGE for name in own)
+    assert SUMMED_GAUGES - own == {
+        "process_resident_memory_bytes",
+        "process_virtual_memory_bytes",
+        "process_open_fds",
+    }
+
+
 def test_what_the_contract_does_not_name_is_listed_here() -> None:
     assert {name for name in BY_NAME if name not in CONTRACT} == {
         "smg_cache_predicted_tokens_total",
@@ -76,6 +94,8 @@ def test_what_the_contract_does_not_name_is_listed_here() -> None:
         "smg_cache_index_entries",
         "smg_cache_index_bytes",
         "smg_kv_events_total",
+        "smg_process_up",
+        "smg_process_restarts_total",
         "smg_trace_lines_total",
         "smg_scheduler_unknown_priority_value_total",
         "smg_scheduler_starvation_promotion_total",
