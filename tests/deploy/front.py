@@ -78,10 +78,13 @@ class Program:
             self.process.wait()
 
 
-def start(folder: Path, name: str, words: Sequence[str]) -> Program:
-    """Starts a program; its output goes to `folder`."""
+def start(
+    folder: Path, name: str, words: Sequence[str], environment: dict[str, str] | None = None
+) -> Program:
+    """Starts a program; its output goes to `folder`. The environment is ours without settings of smg, or the given one."""
     output = folder / f"{name}.log"
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("SMG_")}
+    if environment is None:
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("SMG_")}
     with output.open("ab") as file:
         process = subprocess.Popen(
             list(words), stdout=file, stderr=file, stdin=subprocess.DEVNULL, env=environment
