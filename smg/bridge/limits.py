@@ -40,7 +40,6 @@ class SharedLimits:
         self._mode = mode
         self._sources: list[LimitSource] = []
         self._shares: Shares | None = None
-        self._name = ""
         self._outside = FLOOR  # the part of a limit that this node gives out while it is in no mesh
         self._refs: dict[tuple[str, bytes], Peer] = {}
         self._names: dict[Peer, str] = {}
@@ -62,7 +61,6 @@ class SharedLimits:
 
     def begin(self, name: str, boot: bytes, now: float) -> None:
         """This node has an address and looks for the others."""
-        self._name = name
         self._shares = Shares(self._ref(name, boot), self._sources, self._mode, 0, now)
         for owner, key, value in list(self._state.items(LIMITS)):
             if owner != name:

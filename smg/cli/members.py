@@ -1,9 +1,8 @@
 """What one of several processes on a port is started with: its part of the limits, its place in the mesh, its own files.
 
 Owns the division. Limits of the gateway hold for all processes together: slots and queue are cut into shares, and limits of rate
-stay whole, because the mesh of the processes divides them by demand. The mesh is the one that was
-asked for, with a name and a port per process, or one of their own on the loopback. Pure: which ports are free, and who starts
-whom, is the supervisor's matter.
+stay whole, because the mesh of the processes divides them by demand. The mesh is the one that was asked for, with a name and a
+port per process, or one of their own on the loopback. Pure: which ports are free, and who starts whom, is the supervisor's matter.
 """
 
 from __future__ import annotations

@@ -217,7 +217,6 @@ class _Entry:
         "rate",
         "removed",
         "said",
-        "tokens",
         "used_s",
     )
 
@@ -234,7 +233,6 @@ class _Entry:
         self.used_s = now
         """When anybody was last known to ask."""
         self.said: Told | None = None
-        self.tokens = 0
         self.removed: set[Peer] = set()
 
 

@@ -405,6 +405,28 @@ async def test_three_idle_agents_send_little_and_answer_nothing_by_its_own_kind(
 
 
 @in_virtual_time
+async def test_a_dead_process_refuses_and_a_node_beyond_a_cut_does_not() -> None:
+    async with world() as play:
+        a, b, c = await play.mesh("abc")
+        await trio.sleep(2)
+        assert not a.agent.is_refusing("b")
+        assert not a.agent.is_refusing("nobody")
+        play.net.cut(c.host)
+        await play.kill("b")
+        await play.until(lambda: a.sees()["b"] == a.sees()["c"] == "dead", 10.0)
+        assert a.agent.is_refusing("b")
+        assert not a.agent.is_refusing("c")
+        await trio.sleep(12)  # both are dialled again, in vain
+        assert (a.agent.is_refusing("b"), a.agent.is_refusing("c")) == (True, False)
+        await play.start("b", [f"{a.host}:7946"])
+        await play.until(lambda: a.sees()["b"] == "alive", 5.0)
+        play.net.mend()
+        await play.until(play.all_alive, 15.0)
+        assert not a.agent.is_refusing("b")
+        assert not a.agent.is_refusing("c")
+
+
+@in_virtual_time
 async def test_a_mesh_under_loss_kills_nobody() -> None:
     async with world(seed=5) as play:
         nodes = await play.mesh("abcde")

@@ -112,9 +112,9 @@ def test_version_and_help_load_no_engine_and_no_event_loop(flag: str) -> None:
     [
         (["--port", "70000"], 2, "smg: error: --port: '70000': must be between 1 and 65535"),
         (
-            ["launch", "--mesh-partition-limits=allow"],
+            ["launch", "--history-backend=redis"],
             2,
-            "smg: error: --mesh-partition-limits: not supported by this release",
+            "smg: error: --history-backend: not supported by this release",
         ),
         (["--service-discovery"], 1, "smg: error: --service-discovery: needs --discovery-file"),
         (["--no-such-flag"], 2, "smg: error: --no-such-flag: unknown flag"),
