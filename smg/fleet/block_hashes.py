@@ -1,16 +1,18 @@
 """From a prompt to chained block hashes: what the prefix index, the mesh and the traces speak of.
 
 A prompt is cut into blocks, and each block's hash is seeded with the hash of the block before it
-(xxh3-64), so one number stands for a whole prefix. The first seed is made of the cluster's seed, the
+(xxh64), so one number stands for a whole prefix. The first seed is made of the cluster's seed, the
 model and the cache salt: two models, or two salts, can never meet. This room owns that rule and
-nothing else; it keeps no prompt. The hash is fast (64 blocks of 512 bytes in about 10 us), it is not
-cryptographic: a secret cluster seed is what keeps strangers from naming blocks.
+nothing else; it keeps no prompt. The hash is fast (64 blocks of 512 bytes in about 7 us), it is not
+cryptographic: a secret cluster seed is what keeps strangers from naming blocks. Why not xxh3: decision 0011.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from functools import lru_cache
+from struct import Struct
 
 import msgspec
 import xxhash
@@ -21,6 +23,9 @@ PROMPT_BLOCKS_MAX = 8_192
 """Blocks of one prompt that are looked at (4 MiB of text at 512); what follows them does not count."""
 SEEDS_MAX = 4_096
 """(model, salt) pairs whose seed is remembered; others are hashed again."""
+
+digest = xxhash.xxh64_intdigest
+"""The hash of one block, seeded with the block before it: (bytes, 64 bits) to 64 bits."""
 
 _TOKENS = 0x746F6B656E
 """Sets chains of token ids apart from chains of text."""
@@ -93,11 +98,12 @@ def chain(text: str | bytes, block_bytes: int, seed: int) -> list[int]:
     """The chained hashes of the full blocks of `text`, at most `PROMPT_BLOCKS_MAX`."""
     # surrogatepass: JSON may hold lone surrogates, which no prompt loses its cache for.
     data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
-    digest = xxhash.xxh3_64_intdigest
     link = seed
-    hashes: list[int] = []
-    add = hashes.append
-    for end in range(block_bytes, min(len(data), PROMPT_BLOCKS_MAX * block_bytes) + 1, block_bytes):
-        link = digest(data[end - block_bytes : end], link)
-        add(link)
-    return hashes
+    count = min(len(data) // block_bytes, PROMPT_BLOCKS_MAX)
+    return [link := digest(block, link) for block in _cutter(count, block_bytes).unpack_from(data)]
+
+
+@lru_cache(maxsize=256)  # of up to 8,192 counts; the frequent ones stay
+def _cutter(count: int, block_bytes: int) -> Struct:
+    """Cuts the first `count` blocks off: all slices in one call."""
+    return Struct(f"{block_bytes}s" * count)

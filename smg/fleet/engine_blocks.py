@@ -18,9 +18,9 @@ from array import array
 from collections.abc import Callable
 
 import msgspec
-import xxhash
 
 from smg.fleet.block_hashes import ROOT, BlockHasher
+from smg.fleet.block_hashes import digest as block_digest
 from smg.fleet.kv_events import BlockHash, Cleared, Event, Removed, Stored
 from smg.fleet.prefix_index import PrefixIndex
 
@@ -175,7 +175,7 @@ class EngineBlocks:
     def _behind(self, above: _Block, before: BlockHash | None, tokens: bytes, claims: list[int]) -> _Block:
         """The block of `tokens` behind `above`, whose name is `before`; our blocks that it completes go to `claims`."""
         size = self._block_bytes
-        digest = xxhash.xxh3_64_intdigest(tokens, above.digest)
+        digest = block_digest(tokens, above.digest)
         offset = above.offset + len(tokens)
         if offset < size:
             return _Block(before, digest, above.link, above.depth, tokens, offset)
@@ -186,7 +186,7 @@ class EngineBlocks:
         link, depth, first = above.link, above.depth, len(claims)
         start = 0
         while len(data) - start >= size:
-            link = xxhash.xxh3_64_intdigest(data[start : start + size], link)
+            link = block_digest(data[start : start + size], link)
             claims.append(link)
             depth += 1
             start += size

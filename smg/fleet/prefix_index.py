@@ -27,11 +27,12 @@ How it is built, and why:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import msgspec
 
 from smg.fleet.block_hashes import PROMPT_BLOCKS_MAX, ROOT
+from smg.fleet.index_slots import Holdings, Slot
 
 WORKER_BLOCKS_MAX = 65_536
 """Most blocks of one slot: 32 MiB of text or 8 M tokens, more than engines hold; growing a larger dict pauses > 5 ms."""
@@ -94,37 +95,6 @@ class Placement(msgspec.Struct, frozen=True, gc=False):
     hashes: tuple[int, ...]
 
 
-class _Slot:
-    """One bit of the owner masks and the blocks it owns."""
-
-    __slots__ = ("bit", "capacity", "position", "used")
-
-    def __init__(self, position: int, capacity: int) -> None:
-        self.position = position
-        self.bit = 1 << position
-        self.capacity = capacity
-        self.used: dict[int, int] = {}  # block -> parent, least recently used first
-
-
-class _Holdings:
-    """The slots of one worker."""
-
-    __slots__ = ("capacity", "older", "placed", "stored")
-
-    def __init__(self, placed: _Slot) -> None:
-        self.placed = placed
-        self.older: _Slot | None = None  # the placements before the last `fade`
-        self.stored: _Slot | None = None
-        self.capacity = placed.capacity
-
-    def slots(self) -> Iterator[_Slot]:
-        yield self.placed
-        if self.older is not None:
-            yield self.older
-        if self.stored is not None:
-            yield self.stored
-
-
 class PrefixIndex:
     """The index of one gateway node, for all its models and workers."""
 
@@ -147,12 +117,12 @@ class PrefixIndex:
     def __init__(self, settings: IndexSettings | None = None) -> None:
         self._settings = settings if settings is not None else IndexSettings()
         self._shards: list[dict[int, int]] = [{} for _ in range(_SHARDS)]
-        self._workers: dict[str, _Holdings] = {}
+        self._workers: dict[str, Holdings] = {}
         self.bits: dict[str, int] = {}
         """Each worker's bits in the masks of `Match.steps`, for reading without a call (`bits_of`)."""
         self._slots: list[str | None] = []  # by bit position: the worker, None for free bits and graves
         self._free: list[int] = []
-        self._graves: list[_Slot] = []
+        self._graves: list[Slot] = []
         self._alive = 0  # bits of all slots that are not graves
         self._entries = 0  # over all slots and graves
         self._entries_max = max(1, self._settings.bytes_max // ENTRY_BYTES)
@@ -431,33 +401,35 @@ class PrefixIndex:
                 self._free.append(grave.position)
         return sum(len(grave.used) for grave in self._graves)
 
-    def _enter(self, worker_id: str) -> _Holdings:
-        holdings = _Holdings(self._open(worker_id, self._settings.worker_blocks))
+    def _enter(self, worker_id: str) -> Holdings:
+        holdings = Holdings(self._open(worker_id, self._settings.worker_blocks))
         self._workers[worker_id] = holdings
         self.bits[worker_id] = holdings.placed.bit
         return holdings
 
-    def _open(self, worker_id: str, capacity: int) -> _Slot:
+    def _open(self, worker_id: str, capacity: int) -> Slot:
         if self._free:
             position = self._free.pop()
             self._slots[position] = worker_id
         else:
             position = len(self._slots)
             self._slots.append(worker_id)
-        slot = _Slot(position, min(capacity, WORKER_BLOCKS_MAX))
+        slot = Slot(position, min(capacity, WORKER_BLOCKS_MAX))
         self._alive |= slot.bit
         return slot
 
-    def _bury(self, slot: _Slot) -> None:
+    def _bury(self, slot: Slot) -> None:
         self._alive &= ~slot.bit
         self._slots[slot.position] = None
         self._graves.append(slot)
 
-    def _use(self, slot: _Slot, hashes: Sequence[int]) -> int | None:
+    def _use(self, slot: Slot, hashes: Sequence[int]) -> int | None:
         """Make a whole chain the most recent of a slot; position of its first new block, None if none was new."""
         used, bit, shards = slot.used, slot.bit, self._shards
-        take = used.pop
         position = len(hashes)
+        if position and slot.is_young(hashes[-1], position):
+            return None  # moving the whole chain again would change next to nothing
+        take = used.pop
         first_new: int | None = None
         first_unheard: int | None = None
         before = len(used)
@@ -481,7 +453,7 @@ class PrefixIndex:
                 self._count_child(hashes[first_unheard - 1])
         return first_new
 
-    def _extend(self, slot: _Slot, parent: int, hashes: Sequence[int]) -> bool:
+    def _extend(self, slot: Slot, parent: int, hashes: Sequence[int]) -> bool:
         """Add `hashes` behind `parent` and make the whole chain the most recent of the slot."""
         used, bit = slot.used, slot.bit
         if parent != ROOT and parent not in used:
@@ -495,6 +467,7 @@ class PrefixIndex:
                 break
             block = above
         before = len(used)
+        slot.moves += len(hashes) + len(ancestors)
         first_unheard: int | None = None
         for position in range(len(hashes) - 1, -1, -1):
             block = hashes[position]
@@ -519,7 +492,7 @@ class PrefixIndex:
             self._grown(slot, before)
         return True
 
-    def _grown(self, slot: _Slot, before: int) -> None:
+    def _grown(self, slot: Slot, before: int) -> None:
         """Keep the bounds after a slot grew from `before` blocks."""
         used = slot.used
         self._entries += len(used) - before
@@ -544,7 +517,7 @@ class PrefixIndex:
             )
             self._evict(fullest, min(over + (self._entries_max >> 10), EVICT_PER_CALL, len(fullest.used)))
 
-    def _evict(self, slot: _Slot, count: int) -> None:
+    def _evict(self, slot: Slot, count: int) -> None:
         used, bit = slot.used, slot.bit
         oldest = iter(used)
         dead = [next(oldest) for _ in range(count)]

@@ -197,9 +197,12 @@ class CacheCapacity:
     Where no answer tells cached tokens (streams whose clients ask for no usage), nothing corrects the size that the
     engine tells, and engines with a second tier hold more than that. Claiming too little costs more than claiming too
     much (docs/performance-routing.md), so until the first such answer `claimable` is above the size told.
+
+    A long row of answers that had nothing cached of what must have been there: `is_absent`, the engine has no prefix
+    cache, or it is switched off.
     """
 
-    __slots__ = ("_actual", "_answers", "_predicted", "_since_s", "is_judged", "tokens")
+    __slots__ = ("_actual", "_answers", "_misses", "_predicted", "_since_s", "is_judged", "tokens")
 
     PERIOD_S = 60.0
     ANSWERS = 64
@@ -208,6 +211,8 @@ class CacheCapacity:
     TOLERANCE = 0.1
     """Share of predicted tokens that may be missing: blocks differ, and what waits in a queue may be evicted meanwhile."""
     TOKENS_MIN = 4_096
+    MISSES = 256
+    """Answers in a row that had nothing cached where something was claimed: more than evictions explain."""
     UNJUDGED = 1.5
     """Times the size told that may be claimed while no answer can say otherwise."""
 
@@ -218,7 +223,13 @@ class CacheCapacity:
         self._predicted = 0
         self._actual = 0
         self._answers = 0
+        self._misses = 0
         self._since_s: float | None = None
+
+    @property
+    def is_absent(self) -> bool:
+        """Whether there seems to be no cache at all."""
+        return self._misses >= self.MISSES
 
     def claimable(self) -> float:
         """Tokens that the index may claim for the worker."""
@@ -240,7 +251,11 @@ class CacheCapacity:
             since_s = self._since_s = now
         self.is_judged = True
         self._predicted += predicted_tokens
-        self._actual += actual_tokens if actual_tokens < predicted_tokens else predicted_tokens
+        if actual_tokens:
+            self._misses = 0
+            self._actual += actual_tokens if actual_tokens < predicted_tokens else predicted_tokens
+        else:
+            self._misses += 1
         self._answers = answers = self._answers + 1
         return answers >= self.ANSWERS or now - since_s >= self.PERIOD_S
 

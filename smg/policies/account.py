@@ -68,6 +68,7 @@ class Account:
         "fit",
         "has_others",
         "last_first_s",
+        "no_cache_until_s",
         "open",
         "report",
         "seconds",
@@ -79,6 +80,8 @@ class Account:
         self.sized_blocks = 0
         """The bound of the worker's blocks as the index last heard it from here, 0 when it may have another."""
         self.capacity: CacheCapacity | None = None
+        self.no_cache_until_s = float("-inf")
+        """Until then the worker is taken to have no prefix cache."""
         self.open: dict[object, Open] = {}
         self.seconds = 0.0  # invariant: the sum over `open`
         self.last_first_s = float("-inf")

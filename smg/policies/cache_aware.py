@@ -35,6 +35,8 @@ CHARS_PER_TOKEN = 4
 """For counts of characters where a prompt came as token ids."""
 HOME_RATE = 0.02
 """Share of an error that is corrected in the belief of what a first home holds: about the last 50 sessions count."""
+NO_CACHE_S = 60.0
+"""How long a worker is taken to have no prefix cache after a long row of answers said so; then it is tried again."""
 OBSERVE_S = 1e-4
 """A prefill shorter than this is the network's time, not the worker's."""
 
@@ -100,6 +102,10 @@ class CacheAware:
         self._matched: Question | None = None
         self._match = NO_MATCH
         self._home = ""  # the first home of the last question, where homes counted
+        # While no worker has a cache, prompts are not hashed: until when, and of how many workers that was found.
+        self._blind_until_s = float("-inf")
+        self._blind_count = 0
+        self._is_blind = False
         # Counted here and read when somebody scrapes (contract MET-9).
         self.prompt_chars = 0
         """Characters of routing text placed, four for each token where the client sent token ids."""
@@ -136,6 +142,7 @@ class CacheAware:
                 for worker in workers:
                     if worker.id == decision.worker_id:
                         return worker
+        self._is_blind = self._blind_until_s > now and self._sees_none(now)
         question = self.question(call)
         if self._rule is not None:
             return self._rule.choose(question.blocks, workers, self._index, rng)[0]
@@ -182,10 +189,12 @@ class CacheAware:
         if prices.is_ordered:
             prices.moved(account, worker_id, now)
         prices.admit(seconds * slowdown(worker.in_flight), now)
+        blocks = question.blocks if account.no_cache_until_s <= now else ()
         if self._is_alone:
-            index.use(worker_id, question.blocks)
+            if blocks:
+                index.use(worker_id, blocks)
         else:
-            placement = index.place(worker_id, question.blocks)
+            placement = index.place(worker_id, blocks)
             followed = self._followed.pop(call_id, None) if self._followed else None
             if followed is None or followed.worker_id != worker_id:  # else its owner has told it
                 self._neighbours.tell(News(placement, seconds), now)
@@ -234,11 +243,13 @@ class CacheAware:
         account = self._prices.known(worker.id)
         if account is not None:
             account.sized_blocks = 0
+            account.no_cache_until_s = self._blind_until_s = float("-inf")
 
     def terms(self, call: Call, workers: Sequence[Worker], now: float, rng: Random) -> list[Terms]:
         """What every candidate costs, by the arithmetic of `choose`; changes nothing."""
         if not workers:
             return []
+        self._is_blind = self._blind_until_s > now and self._sees_none(now)
         question = self.question(call)
         view = self._prices.view(question, workers, now)
         depths = [view.match.depth_of(self._index.bits_of(worker.id)) for worker in workers]
@@ -269,7 +280,16 @@ class CacheAware:
         seed = self._hasher.seed(self._model, salt) if isinstance(salt, str) else self._seed
         key = key_of(call.routing_key) if call.routing_key else None
         ids = call.token_ids() if call.endpoint.takes_token_ids else None
-        if ids is not None:
+        if self._is_blind:
+            if ids is not None:
+                question = Question((), max(1, len(ids)), 1.0, key, 0)
+            else:
+                text = call.text()
+                length = len(text if text.isascii() else text.encode("utf-8", "surrogatepass"))
+                question = Question(
+                    (), max(1, round(length / self._length.chars_per_token)), 1.0, key, length
+                )
+        elif ids is not None:
             blocks = self._hasher.token_blocks(ids, seed)
             question = Question(
                 tuple(blocks), max(1, len(ids)), float(self._hasher.settings.block_tokens), key, 0
@@ -400,6 +420,24 @@ class CacheAware:
                 self._index.set_capacity(worker_id, blocks)
             account.sized_blocks = self._index.capacity_of(worker_id)
 
+    def _cacheless(self, worker_id: str, account: Account, now: float) -> None:
+        """The worker has no prefix cache: it owns nothing, and while that is so of all, nobody's blocks matter."""
+        self._index.forget(worker_id)
+        account.capacity = None
+        account.sized_blocks = 0
+        account.no_cache_until_s = now + NO_CACHE_S
+        accounts = self._prices.accounts
+        self._blind_count = len(accounts)
+        self._blind_until_s = min(other.no_cache_until_s for other in accounts.values())
+
+    def _sees_none(self, now: float) -> bool:
+        """Whether no worker has a cache now; called only where that was so of all workers of before."""
+        accounts = self._prices.accounts
+        if len(accounts) != self._blind_count:
+            self._blind_count = len(accounts)
+            self._blind_until_s = min(account.no_cache_until_s for account in accounts.values())
+        return self._blind_until_s > now
+
     def _learn_pace(self, account: Account, request: Open, prompt: int, had: int) -> None:
         """Learn from the seconds of a prefill of `prompt` tokens, `had` of which were cached."""
         assert request.observed_s is not None
@@ -428,6 +466,9 @@ class CacheAware:
                 blocks = self._index.capacity_of(worker_id)
                 capacity = account.capacity = CacheCapacity(blocks * question.block_tokens)
             if capacity.count(predicted, cached, now):
+                if capacity.is_absent:
+                    self._cacheless(worker_id, account, now)
+                    return
                 capacity.judge(self._index.blocks_of(worker_id) * question.block_tokens, now)
             blocks = int(capacity.tokens / question.block_tokens)
             if abs(blocks - account.sized_blocks) > blocks >> 6:

@@ -371,11 +371,14 @@ def session(question: Question, trunk: int) -> int | None:
 
 def pick(best: Sequence[Worker], rng: Random, homes: Sequence[str] = ()) -> Worker:
     """One of several equal workers: the highest priority (WRK-16), then the first home if it is known, then chance."""
-    if len(best) > 1:
-        top = max(worker.spec.priority for worker in best)
-        best = [worker for worker in best if worker.spec.priority == top]
+    first = best[0].spec.priority
+    for worker in best:
+        if worker.spec.priority != first:
+            top = max(worker.spec.priority for worker in best)
+            best = [worker for worker in best if worker.spec.priority == top]
+            break
     if homes and len(best) > 1:
         for worker in best:
             if worker.id == homes[0]:
                 return worker
-    return best[0] if len(best) == 1 else best[rng.randrange(len(best))]
+    return best[0] if len(best) == 1 else best[int(rng.random() * len(best))]

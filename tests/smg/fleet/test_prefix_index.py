@@ -235,6 +235,16 @@ def test_the_garbage_collector_does_not_see_the_blocks():
     assert len(gc.get_objects()) - before < 200
 
 
+def test_a_chain_that_was_just_used_is_not_moved_and_survives_those_that_were_not():
+    index = PrefixIndex(IndexSettings(worker_blocks=160))
+    hot = [7, 8, 9]
+    for number in range(400):
+        index.place("w", [1_000 * number + 100 + i for i in range(3)])
+        index.place("w", hot)
+        assert depth(index, "w", hot) == 3
+    assert index.blocks_of("w") <= 162
+
+
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.text("xy", min_size=1, max_size=400)), max_size=20))
 def test_two_models_never_influence_each_other(prompts):
     hasher = BlockHasher()

@@ -14,9 +14,9 @@ from smg.api.call import Call
 from smg.api.endpoints import GENERATE
 from smg.fleet.block_hashes import BlockHasher
 from smg.fleet.prefix_index import PrefixIndex
-from smg.fleet.service_model import PrefillModels
+from smg.fleet.service_model import CacheCapacity, PrefillModels
 from smg.fleet.worker import Worker, WorkerSpec
-from smg.policies.cache_aware import CacheAware, CacheAwareSettings
+from smg.policies.cache_aware import NO_CACHE_S, CacheAware, CacheAwareSettings
 from smg.policies.price import FLEET_MAX
 from smg.policies.threshold import ThresholdRule
 from tests.smg.fleet.builders import registry, reported, url_of, workers_of
@@ -195,6 +195,44 @@ def test_more_than_the_told_cache_is_claimed_until_an_answer_tells_what_was_cach
     assert index.capacity_of(worker.id) == 1_500
     site.serve(text_of(1, 4), prompt_tokens=512, cached_tokens=512)
     assert index.capacity_of(worker.id) == pytest.approx(1_000, rel=0.01)
+
+
+def cacheless_site(count: int) -> Site:
+    """All workers have answered for long that nothing of what must have been there was cached."""
+    site = Site(workers_of(count))
+    for worker in site.workers:
+        for _ in range(CacheCapacity.MISSES + CacheCapacity.ANSWERS + 1):
+            site.serve(text_of(1, 4), to=worker, after_s=0.01, prompt_tokens=512, cached_tokens=0)
+    return site
+
+
+def test_where_no_engine_has_a_cache_prompts_are_not_hashed_and_load_alone_decides():
+    site = cacheless_site(2)
+    assert [site.policy._index.blocks_of(worker.id) for worker in site.workers] == [0, 0]
+    asked, busy = site.send(text_of(1, 4))
+    assert site.policy.question(asked).blocks == ()
+    assert site.chosen(text_of(1, 4)) is not busy
+    assert site.policy.question(call(text_of(1, 4))).tokens == pytest.approx(512, rel=0.1)
+
+
+def test_a_worker_without_a_cache_is_tried_again_after_a_minute_or_a_restart():
+    site = cacheless_site(1)
+    site.now += NO_CACHE_S
+    site.serve(text_of(1, 4))
+    assert site.policy._index.blocks_of(site.workers[0].id) == 4
+    site = cacheless_site(1)
+    site.policy.flushed(site.workers[0])
+    site.serve(text_of(1, 4))
+    assert site.policy._index.blocks_of(site.workers[0].id) == 4
+
+
+def test_one_worker_with_a_cache_is_enough_to_hash_prompts_again():
+    site = cacheless_site(1)
+    site.workers = [*site.workers, workers_of(2)[1]]
+    for seed in range(4):
+        site.send(text_of(seed, 4))
+    assert site.policy._index.blocks_of(site.workers[0].id) == 0
+    assert site.policy._index.blocks_of(site.workers[1].id) > 0
 
 
 def test_token_ids_are_routed_by_their_own_prefixes():
