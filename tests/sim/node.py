@@ -263,7 +263,11 @@ class Node:
         is_other_life = member is not None and member.is_live and member.record.boot != peer.swim.own.boot
         if is_other_life or peer.name == self.name:
             self.extra.append(end)  # not the life membership knows: it may carry membership only
-        elif old is None or not old.is_open or old.peer != end.peer:
+        elif old is None or not old.is_open:
+            self._bind(end)
+        elif old.peer != end.peer:
+            # the name is claimed twice; which claim holds, membership will say, and the other's stream must still be here
+            self.extra.append(old)
             self._bind(end)
         elif end.opened_s - old.opened_s >= FRESH_S:
             self.world.network.close(old, bye=True)

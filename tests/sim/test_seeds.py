@@ -35,6 +35,12 @@ def test_replicated_state_survives_random_faults(first: int) -> None:
         assert not problems, report(seed, problems, with_state=True)
 
 
+def test_the_stream_of_the_rightful_owner_of_a_name_outlives_an_impostor() -> None:
+    """Seed 321: a newcomer that knew nobody took the streams of both claimants, and kept the impostor's only."""
+    problems = play(draw(321), with_state=True)
+    assert not problems, report(321, problems, with_state=True)
+
+
 def test_the_same_seed_is_the_same_history() -> None:
     def trace() -> list[str]:
         world, _ = play_world(draw(7))
