@@ -155,6 +155,10 @@ class Node:
         """Whether a request would find a worker (LIFE-2)."""
         return self._probes.reason_not_ready() is None
 
+    def is_first_asked(self, worker: Worker) -> bool:
+        """See `WorkerJobs`."""
+        return self._jobs.is_first_asked(worker)
+
     def services(self) -> Iterable[Service]:
         """Everything that runs beside the servers, in the order of its start."""
         yield self._probes_service.run

@@ -175,7 +175,7 @@ async def _wait_decided(node: Node, settings: Settings, place: Place) -> None:
         # The processes beside this one are seeds as well, and know no more than it does.
         beside = settings.listening.processes - 1 if place.process else 0
         may_find_some = len(settings.mesh.seed_addresses()) > beside or bool(node.sources[1:])
-        await wait_decided(node.registry, lambda: node.is_ready, may_find_some=may_find_some)
+        await wait_decided(node.registry, node.is_first_asked, may_find_some=may_find_some)
 
 
 async def _start_services(services: trio.Nursery, node: Node, settings: Settings, place: Place) -> None:

@@ -187,6 +187,10 @@ class WorkerJobs:
             if worker.status is not Status.DRAINING:
                 self._want(worker, 0.0)
 
+    def is_first_asked(self, worker: Worker) -> bool:
+        """Whether the first question for its models has not come back yet: until then it serves every name (MOD-3)."""
+        return self._unfinished.get(worker.id) == 0
+
     def _want(self, worker: Worker, delay_s: float) -> None:
         """Everything about the worker is to be asked after `delay_s`."""
         self._unfinished[worker.id] = 0
