@@ -17,7 +17,9 @@ from smg.gateway.gates import Tenants
 from smg.gateway.usage_api import PeerBooks, UsageApi
 from smg.services.reload import Change, Part
 from smg.settings import Settings
+from smg.telemetry import log as logs
 from smg.telemetry.metrics import Metrics
+from smg.tenancy.keys import SHARED
 from smg.tenancy.limits import TenantLimits
 from smg.tenancy.plans import Plans
 from smg.tenancy.usage import Book
@@ -43,6 +45,9 @@ class Accounting:
         mesh = settings.mesh
         self._node = node_name(mesh) if mesh.ha_mesh else "local"
         metrics.add_source(self.book.samples)
+        if self.limits is not None:
+            for doubt in doubts(self.limits.plans, settings):
+                logs.logger("smg").warn(doubt)
 
     def api(self, peers: PeerBooks | None) -> UsageApi:
         """`GET /v1/usage`; `peers` tells the books of the other nodes of a mesh."""
@@ -61,6 +66,22 @@ class Accounting:
         if not lines:
             return None
         return Change(tuple(lines), lambda: limits.renew(plans, trio.current_time()))
+
+
+def doubts(plans: Plans, settings: Settings) -> list[str]:
+    """Tenants of the file that nobody can be; one line each. They may come to be: keys are read again too."""
+    auth = settings.auth
+    known = {f"auth:{tenant}" for tenant, _ in auth.tenant_keys()}
+    if auth.api_key is not None:
+        known.add(SHARED)
+    found = []
+    for tenant in plans.tenants:
+        name = tenant.tenant_key
+        if name.startswith("auth:") and name not in known:
+            found.append(f"{FLAG}: {name}: no key of this tenant is given")
+        elif name.startswith("header:") and not auth.trust_tenant_header:
+            found.append(f"{FLAG}: {name}: names nobody without --trust-tenant-header")
+    return found
 
 
 def read_plans(path: str) -> Plans:

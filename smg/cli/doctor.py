@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from smg.cli.accounting import doubts, read_plans
 from smg.cli.doctor_mesh import examine_mesh
 from smg.cli.doctor_workers import Candidate, Finding, WorkerReport, examine
 from smg.cli.flags import (
@@ -29,12 +30,15 @@ from smg.cli.flags import (
     settings_from,
     unknown_variables,
 )
+from smg.cli.scheduling import FLAG as SCHEDULER_FLAG
 from smg.discovery.file import FILE_BYTES_MAX, BrokenFile, parse
 from smg.errors import SettingsError
 from smg.fleet.worker import WorkerSpec
 from smg.net.tls import describe, server_context, worker_context
 from smg.settings import Settings
 from smg.settings_rules import warnings
+from smg.tenancy.priorities import PriorityFile
+from smg.yaml_config import load_yaml
 
 WORKERS_AT_ONCE = 16
 """Workers that are examined at the same time: enough for a fleet in seconds, few enough for the smallest host."""
@@ -84,6 +88,7 @@ def look(settings: Settings, timeout_s: float) -> list[Finding]:
     findings = [Finding("WARN", "configuration", text) for text in warnings(settings)]
     findings += _ports(settings, timeout_s)
     findings += _surroundings(settings, timeout_s)
+    findings += _tenancy(settings)
     context, certified = _certificates(settings)
     findings += certified
     if settings.mesh.ha_mesh:
@@ -115,6 +120,31 @@ def _variables(environment: Mapping[str, str]) -> list[Finding]:
         Finding("WARN", name, "is no variable of smg and is ignored", f"did you mean {close}?")
         for name, close in unknown_variables(environment).items()
     ]
+
+
+def _tenancy(settings: Settings) -> list[Finding]:
+    """The files that say what tenants may use and who goes first."""
+    limits = settings.limits
+    found = []
+    if limits.tenant_rate_limit_enabled and limits.tenant_rate_limit_config is not None:
+        try:
+            plans = read_plans(limits.tenant_rate_limit_config)
+        except SettingsError as wrong:
+            found.append(Finding("FAIL", "tenant limits", str(wrong), "see docs/operate/tenants.md"))
+        else:
+            seen = f"{len(plans.tenants)} tenants are named, the others have " + (
+                "no limit" if plans.default_policy is None else "the default policy"
+            )
+            found.append(Finding("OK", "tenant limits", seen))
+            found += [Finding("WARN", "tenant limits", doubt) for doubt in doubts(plans, settings)]
+    if limits.priority_scheduler_enabled and limits.priority_scheduler_config is not None:
+        try:
+            load_yaml(limits.priority_scheduler_config, PriorityFile, SCHEDULER_FLAG)
+        except SettingsError as wrong:
+            found.append(Finding("FAIL", "priorities", str(wrong)))
+        else:
+            found.append(Finding("OK", "priorities", "the file can be used"))
+    return found
 
 
 def _ports(settings: Settings, timeout_s: float) -> list[Finding]:

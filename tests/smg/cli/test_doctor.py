@@ -16,6 +16,7 @@ from smg.cli import doctor
 from smg.cli.doctor import look, main
 from smg.cli.doctor_workers import Finding
 from smg.settings import (
+    Auth,
     Discovery,
     Limits,
     Listening,
@@ -352,3 +353,35 @@ def test_certificates_are_read_as_the_node_would(free: Listening, tmp_path: Path
     broken = Tls(tls_cert_path=cert, tls_key_path=cert)
     found = {finding.check: finding for finding in look(settings(free, tls=broken), 1)}
     assert found["--tls-key-path"].status == "FAIL" and cert in found["--tls-key-path"].seen
+
+
+def tenancy(tmp_path: Path, text: str, **auth: Any) -> list[Finding]:
+    file = tmp_path / "limits.yaml"
+    file.write_text(text)
+    limits = Limits(tenant_rate_limit_enabled=True, tenant_rate_limit_config=str(file))
+    return doctor._tenancy(Settings(limits=limits, auth=Auth(**auth)))
+
+
+def test_a_limits_file_is_read_and_tenants_that_nobody_can_be_are_told(tmp_path: Path) -> None:
+    text = "tenants: [{tenant_key: 'auth:red'}, {tenant_key: 'auth:shared'}, {tenant_key: 'header:x'}, {tenant_key: 'ip:::1'}]\n"
+    found = tenancy(tmp_path, text)
+    assert [finding.status for finding in found] == ["OK", "WARN", "WARN", "WARN"]
+    assert "4 tenants" in found[0].seen and "no limit" in found[0].seen
+    assert [
+        name in found[place].seen for place, name in enumerate(("auth:red", "auth:shared", "header:x"), 1)
+    ]
+    meant = tenancy(tmp_path, text, tenant_api_key=("red:k",), api_key="s", trust_tenant_header=True)
+    assert [finding.status for finding in meant] == ["OK"]
+    (wrong,) = tenancy(tmp_path, "tenants: [{tenant: a}]\n")
+    assert wrong.status == "FAIL" and "line 1" in wrong.seen
+    assert "default policy" in tenancy(tmp_path, "default_policy: {requests_per_minute: 5}\n")[0].seen
+
+
+def test_a_file_of_priorities_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "priorities.yaml"
+    limits = Limits(priority_scheduler_enabled=True, priority_scheduler_config=str(file))
+    for text, status in (("{}\n", "OK"), ("clases: {}\n", "FAIL")):
+        file.write_text(text)
+        (found,) = doctor._tenancy(Settings(limits=limits))
+        assert found.status == status
+    assert doctor._tenancy(Settings()) == []
