@@ -18,7 +18,7 @@ import yaml
 from smg.telemetry.catalog import FAMILIES
 from tests.deploy.front import DEPLOY, NODES, found
 
-RULES_TEST = Path(__file__).with_name("rules_test.yml")
+RULES_TESTS = [Path(__file__).with_name(name) for name in ("rules_test.yml", "rules_day_test.yml")]
 DASHBOARD = json.loads((DEPLOY / "grafana-dashboard.json").read_text())
 KINDS = {family.name: family.kind for family in FAMILIES}
 LABELS = {family.name: set(family.labels) for family in FAMILIES}
@@ -77,8 +77,8 @@ def test_the_rules_and_the_configuration_are_accepted_by_prometheus():
 
 
 def test_every_alert_fires_when_it_should_and_not_else():
-    promtool("test", "rules", str(RULES_TEST))
-    tests = yaml.safe_load(RULES_TEST.read_text())["tests"]
+    promtool("test", "rules", *map(str, RULES_TESTS))
+    tests = [test for path in RULES_TESTS for test in yaml.safe_load(path.read_text())["tests"]]
     fired = {one["alertname"] for test in tests for one in test["alert_rule_test"] if one["exp_alerts"]}
     alerts = {rule["alert"] for rule in rules() if "alert" in rule}
     assert fired == alerts
