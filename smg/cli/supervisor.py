@@ -46,6 +46,9 @@ of `smg.cli.restarts` and a slow start."""
 STOP_EXTRA_S = 10.0
 """After the grace period the processes end by themselves; one that does not is killed."""
 
+KILL_PATIENCE_S = 5.0
+"""A killed process is gone at once, unless the kernel holds it; then it is left to the kernel."""
+
 RELOAD_PATIENCE_S = 10.0
 """A reload of all processes is told to be over after this time at the latest."""
 
@@ -310,7 +313,8 @@ class Supervisor:
     async def _watch(self, slot: Slot, process: trio.Process) -> None:
         """Ends a process that hangs."""
         while trio.current_time() < slot.silent_until_s:
-            await trio.sleep_until(slot.silent_until_s)
+            with trio.move_on_at(slot.silent_until_s):
+                await self._changed.wait()  # the moment comes nearer when it serves
         self._log.error("a process hangs and is killed", process=slot.name, pid=process.pid)
         process.kill()
 
@@ -363,12 +367,19 @@ class Supervisor:
             for sock in slot.serving:
                 sock.close()
         await self._place.notifier.stopping("draining")
-        with trio.move_on_after(grace_s + STOP_EXTRA_S) as patience:
+        if not await self._have_ended_within(grace_s + STOP_EXTRA_S):
+            self._log.warn("a process did not end by itself and is killed")
+            for slot in self._slots:
+                slot.send_signal(signal.SIGKILL)
+            await self._have_ended_within(KILL_PATIENCE_S)
+        self._end(0)
+
+    async def _have_ended_within(self, seconds: float) -> bool:
+        with trio.move_on_after(seconds):
             while any(slot.process is not None for slot in self._slots):
                 await self._changed.wait()
-        if patience.cancelled_caught:
-            self._log.warn("a process did not end by itself and is killed")
-        self._end(0)
+            return True
+        return False
 
     # -- state
 
