@@ -407,7 +407,7 @@ async def test_three_idle_agents_send_little_and_answer_nothing_by_its_own_kind(
 @in_virtual_time
 async def test_a_dead_process_refuses_and_a_node_beyond_a_cut_does_not() -> None:
     async with world() as play:
-        a, b, c = await play.mesh("abc")
+        a, _, c = await play.mesh("abc")
         await trio.sleep(2)
         assert not a.agent.is_refusing("b")
         assert not a.agent.is_refusing("nobody")
