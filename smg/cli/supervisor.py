@@ -230,12 +230,21 @@ class Supervisor:
         process: trio.Process | None = None
         try:
             with theirs:
-                process = await self._open_process(slot, theirs)
+                try:
+                    process = await self._open_process(slot, theirs)
+                except (
+                    OSError
+                ) as error:  # no memory, no more processes, or the sockets were closed for the end
+                    self._log.error("a process cannot be started", process=slot.name, error=str(error))
+                    return 1
             slot.process = process
             slot.silent_until_s = trio.current_time() + START_PATIENCE_S
             ours.setblocking(False)
             if await self._wait_turn(slot):
-                ours.send(msgspec.json.encode(self._start_of(slot)))
+                try:
+                    ours.send(msgspec.json.encode(self._start_of(slot)))
+                except OSError:
+                    pass  # it has ended already, as `wait` will tell
             else:
                 process.terminate()
             async with trio.open_nursery() as nursery:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import time
 from functools import partial
 
@@ -13,6 +14,7 @@ import pytest
 import trio
 from prometheus_client.parser import text_string_to_metric_families
 
+from smg.cli.supervisor import free_mesh_ports
 from tests.e2e.fake_worker import answers, fake_worker, hangs
 from tests.e2e.gateway import CHAT, HELLO, eventually, request
 from tests.e2e.process import Process, command, free_ports, running_process
@@ -55,6 +57,19 @@ def those_who_said(smg: Process, message: str) -> set[str]:
     """Names of the processes with this message in their JSON lines so far."""
     lines = [json.loads(line) for line in smg.stderr.rpartition(b"\n")[0].splitlines()]
     return {line["process"] for line in lines if line["message"] == message}
+
+
+def neighbouring_ports() -> tuple[int, int]:
+    """Two free ports in a row, as a mesh of two processes needs them."""
+    for port in free_mesh_ports(50):
+        with socket.socket() as sock, socket.socket(type=socket.SOCK_DGRAM) as datagrams:
+            try:
+                sock.bind(("127.0.0.1", port + 1))
+                datagrams.bind(("127.0.0.1", port + 1))
+            except OSError:
+                continue
+        return port, port + 1
+    raise AssertionError("no two free ports in a row")
 
 
 def is_alive(pid: int) -> bool:
@@ -191,9 +206,16 @@ async def test_limits_are_of_all_together_and_one_signal_drains_all():
             await smg.connect()
 
 
-async def test_a_second_signal_ends_all_at_once_with_130():
-    async with fake_worker("m") as worker, running_process("--worker-urls", worker.url, *TWO) as smg:
+async def test_in_a_mesh_they_are_two_members_and_a_second_signal_ends_all_with_130():
+    first, last = neighbouring_ports()
+    mesh = ("--ha-mesh", "--mesh-host", "127.0.0.1", "--mesh-port", str(first), "--node-name", "gw")
+    async with fake_worker("m") as worker, running_process("--worker-urls", worker.url, *TWO, *mesh) as smg:
         await until_ready(smg)
+        members = (await smg.ask("/mesh/members")).document["members"]
+        assert {(member["name"], member["address"]) for member in members} == {
+            ("gw-0", f"127.0.0.1:{first}"),
+            ("gw-1", f"127.0.0.1:{last}"),
+        }
         children = pids(smg)
         worker.play = hangs
         client = await smg.connect()

@@ -8,6 +8,7 @@ import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -182,6 +183,28 @@ async def test_a_process_that_ignores_the_signal_is_killed_after_the_grace_perio
         os.kill(os.getpid(), signal.SIGTERM)
     assert stage.code == 0
     assert all(is_over(int(line.split()[-1])) for line in stage.path.read_text().splitlines())
+
+
+async def test_a_process_that_cannot_be_started_is_tried_again(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage.plays("ready()\ntime.sleep(0.1 if place == 1 and count() == 1 else 60)")
+    opened = trio.lowlevel.open_process
+    tries = []
+
+    async def open_process(*arguments: Any, **options: Any) -> trio.Process:
+        tries.append(0)
+        if 2 < len(tries) < 6:
+            raise OSError(12, "Cannot allocate memory")
+        return await opened(*arguments, **options)
+
+    monkeypatch.setattr(trio.lowlevel, "open_process", open_process)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(stage.run)
+        await stage.until(lambda: stage.lines.count("1 serves") == 2)
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert stage.code == 0
+    assert len(tries) == 6
 
 
 async def test_a_signal_during_the_start_ends_it(stage: Stage) -> None:
