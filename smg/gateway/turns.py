@@ -76,8 +76,8 @@ class Turns:
             exchange,
             now,
         )
-        if ticket.others:
-            self._act(ticket.others)
+        if scheduler.others:
+            self._act(scheduler.take_others())
         if ticket.state is WAITING:
             await self._wait_turn(exchange, ticket)
             call.queued_s = queued_s = ticket.admitted_s - now

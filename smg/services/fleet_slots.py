@@ -94,9 +94,8 @@ class FleetSlots:
         seconds, self._observed_s = now - self._observed_s, now
         for gate, workers in self._starting.items():
             if gate.has_estimates:
-                told = [worker.report for worker in workers if worker.report_until_s > now]
-                waiting = sum(1 for report in told if report is not None and report.waiting > 0)
-                gate.observe(min(seconds, 1.0), waiting / len(told) if told else None)
+                told = (worker.report for worker in workers if worker.report_until_s > now)
+                gate.observe(min(seconds, 1.0), [report.waiting for report in told if report is not None])
 
     def tidy(self) -> None:
         """Drops the gates of fleets that are gone and that nobody stands before any more."""

@@ -18,16 +18,14 @@ from heapq import heapify, heappop, heappush
 from typing import Generic, Protocol, TypeVar
 
 FLOWS_MAX = 8_192
-"""Tenants whose last service is remembered. Above it those who wait for nothing are forgotten: to be remembered longer one
-would have to keep as many others waiting."""
+"""Tenants whose last service is remembered. Above it all start again as equals: so many are too many for anybody to notice."""
 
 
 class Queued(Protocol):
-    """What waits: who pays, how many seconds it is expected to cost, with which weight, and since when."""
+    """What waits: who pays, how many seconds it is expected to cost divided by its weight, and since when."""
 
     tenant: str
-    cost_s: float
-    weight: float
+    weighted_s: float
     entered_s: float
 
 
@@ -35,24 +33,23 @@ Q = TypeVar("Q", bound=Queued)
 
 
 class _Flow(Generic[Q]):
-    """One tenant: its waiting requests in order of arrival, and its finish tag F."""
+    """One waiting tenant: its requests in order of arrival, and the number of its valid entry in the heap."""
 
-    __slots__ = ("finish", "queue", "turn")
+    __slots__ = ("queue", "turn")
 
     def __init__(self) -> None:
-        self.finish = 0.0
-        self.turn = 0  # of its valid entry in the heap; 0: none
+        self.turn = 0
         self.queue: OrderedDict[Q, None] = OrderedDict()
 
 
 class FairQueue(Generic[Q]):
     """The waiting requests of one class at one gate."""
 
-    __slots__ = ("_flows", "_flows_max", "_heap", "_order", "_turns", "_virtual")
+    __slots__ = ("_finish", "_flows", "_heap", "_order", "_turns", "_virtual")
 
     def __init__(self) -> None:
         self._flows: dict[str, _Flow[Q]] = {}
-        self._flows_max = FLOWS_MAX
+        self._finish: dict[str, float] = {}  # tag F of each tenant that was given something in this busy time
         # (start tag, turn, tenant). An entry is valid while its flow has this turn; at most one per flow is.
         self._heap: list[tuple[float, int, str]] = []
         self._order: OrderedDict[Q, None] = OrderedDict()
@@ -79,23 +76,25 @@ class FairQueue(Generic[Q]):
         """All who wait, in order of arrival."""
         return list(self._order)
 
-    def charge(self, request: Q) -> None:
-        """`request` goes without having waited."""
-        flow = self._flows.get(request.tenant) or self._flow(request.tenant)
-        start = flow.finish
+    def charge(self, tenant: str, weighted_s: float) -> None:
+        """A request goes without having waited."""
+        start = self._finish.get(tenant, 0.0)
         if start < self._virtual:
             start = self._virtual
         else:
             self._virtual = start
-        flow.finish = start + request.cost_s / request.weight
+        self._finish[tenant] = start + weighted_s
+        if len(self._finish) > FLOWS_MAX:
+            self._prune()
 
     def push(self, request: Q) -> None:
         """`request` waits from now on."""
-        flow = self._flows.get(request.tenant) or self._flow(request.tenant)
+        flow = self._flows.get(request.tenant)
+        if flow is None:
+            flow = self._flows[request.tenant] = _Flow()
+            self._enter(request.tenant, flow)
         flow.queue[request] = None
         self._order[request] = None
-        if len(flow.queue) == 1:
-            self._enter(request.tenant, flow)
 
     def pop(self) -> Q:
         """Takes out whose turn it is; there must be somebody."""
@@ -105,10 +104,13 @@ class FairQueue(Generic[Q]):
         del flow.queue[request]
         del self._order[request]
         self._virtual = max(self._virtual, start)
-        flow.finish = start + request.cost_s / request.weight
-        flow.turn = 0
+        self._finish[tenant] = start + request.weighted_s
         if flow.queue:
             self._enter(tenant, flow)
+        else:
+            del self._flows[tenant]
+        if len(self._finish) > FLOWS_MAX:
+            self._prune()
         return request
 
     def remove(self, request: Q) -> None:
@@ -117,7 +119,7 @@ class FairQueue(Generic[Q]):
         flow = self._flows[request.tenant]
         del flow.queue[request]
         if not flow.queue:
-            flow.turn = 0
+            del self._flows[request.tenant]
             if len(self._heap) > 2 * len(self._flows) + 64:  # entries of those who left are many
                 self._heap = [entry for entry in self._heap if self._is_valid(entry)]
                 heapify(self._heap)
@@ -125,22 +127,21 @@ class FairQueue(Generic[Q]):
     def forget(self) -> None:
         """The busy time is over: nobody waits and nothing is under way, so nobody owes anything."""
         assert not self._order
-        self._flows.clear()
+        self._finish.clear()
         self._heap.clear()
         self._virtual = 0.0
 
     def _enter(self, tenant: str, flow: _Flow[Q]) -> None:
         self._turns += 1
         flow.turn = self._turns
-        heappush(self._heap, (max(self._virtual, flow.finish), self._turns, tenant))
+        heappush(self._heap, (max(self._virtual, self._finish.get(tenant, 0.0)), self._turns, tenant))
 
     def _is_valid(self, entry: tuple[float, int, str]) -> bool:
         flow = self._flows.get(entry[2])
         return flow is not None and flow.turn == entry[1]
 
-    def _flow(self, tenant: str) -> _Flow[Q]:
-        if len(self._flows) >= self._flows_max:
-            self._flows = {name: flow for name, flow in self._flows.items() if flow.queue}
-            self._flows_max = max(FLOWS_MAX, 2 * len(self._flows))
-        flow = self._flows[tenant] = _Flow()
-        return flow
+    def _prune(self) -> None:
+        """Forgets who owes nothing by now, and if these are too few, all debts; who waits keeps the tag it has."""
+        self._finish = {tenant: tag for tenant, tag in self._finish.items() if tag > self._virtual}
+        if len(self._finish) > FLOWS_MAX // 2:
+            self._finish.clear()

@@ -6,7 +6,7 @@ waits, wakes or sends anything: it hands out tickets and names those whose state
 The life of a request:
 
     ticket = scheduler.enter(...)              raises GatewayError when it is refused (429)
-    act on each of ticket.others               who gives way to it, and who goes because of that; mostly nobody
+    act on each of scheduler.take_others()     if there are any: who gives way, who goes because of that
     if ticket.state is WAITING:                park until the ticket is named
         on cancellation:                       act on each of scheduler.abandon(ticket, now)
         ticket.state is EXPIRED:               raise scheduler.timeout_error()
@@ -29,7 +29,7 @@ from itertools import islice
 from smg.errors import GatewayError
 from smg.tenancy.admission import ADMITTED, EXPIRED, LEFT, RETRY_AFTER_S, WAITING
 from smg.tenancy.priorities import CLASS_NAMES, PREFILL_AHEAD_S, RANKS, Rules
-from smg.tenancy.slots import Gate, Slots, size_of
+from smg.tenancy.slots import SIZE_MIN, Gate, Slots, size_of
 
 PREEMPTED = "preempted"
 RETRY_PREEMPTED_S = 1.0
@@ -44,7 +44,7 @@ NOBODY: Sequence[Ticket] = ()
 class Ticket:
     """A request at the scheduler. `waiter` belongs to the gateway: whatever it wakes and interrupts the request by.
 
-    `size` is what it needs of its gate and `share` what it holds of it; `others` are those whom its coming has changed.
+    `size` is what it needs of its gate and `share` what it holds of it. `weighted_s` and `deadline_s` are set when it waits.
     """
 
     __slots__ = (
@@ -54,22 +54,23 @@ class Ticket:
         "entered_s",
         "gate",
         "is_stream",
-        "others",
         "rank",
         "share",
         "size",
         "state",
         "tenant",
         "waiter",
-        "weight",
+        "weighted_s",
     )
+
+    deadline_s: float
+    weighted_s: float
 
     def __init__(
         self,
         gate: Gate,
         rank: int,
         tenant: str,
-        weight: float,
         cost_s: float,
         size: float,
         is_stream: bool,
@@ -79,17 +80,13 @@ class Ticket:
         self.gate = gate
         self.rank = rank
         self.tenant = tenant
-        self.weight = weight
         self.cost_s = cost_s
         self.size = size
         self.is_stream = is_stream
         self.waiter = waiter
-        self.entered_s = now
-        self.admitted_s = now
-        self.deadline_s = 0.0
+        self.entered_s = self.admitted_s = now
         self.share = 0.0
         self.state = WAITING
-        self.others: Sequence[Ticket] = NOBODY
 
 
 class Counts:
@@ -122,12 +119,14 @@ class Scheduler:
     and waits where an interrupt reaches it.
     """
 
-    __slots__ = ("_ahead_s", "_may_preempt", "_slots", "_waiting", "counts", "rules")
+    __slots__ = ("_ahead_s", "_may_preempt", "_slots", "_waiting", "counts", "others", "rules")
 
     def __init__(self, rules: Rules, may_preempt: Callable[[object], bool]) -> None:
         self.rules = rules
         self._ahead_s = _ahead_s(rules)
         self.counts = Counts()
+        self.others: list[Ticket] = []
+        """Whom the last `enter` has changed beside its own ticket; for `take_others`."""
         self._may_preempt = may_preempt
         self._slots: list[Slots] = []
         self._waiting = [0 for _ in RANKS]
@@ -165,23 +164,39 @@ class Scheduler:
 
         The ticket is ADMITTED or WAITING. Raises GatewayError 429 `scheduler_queue_full` (ERR-12), and nothing has changed.
         """
-        rules, slots = self.rules, gate.slots
-        weight = rules.weight(tenant) if rules.tenants else 1.0
-        size = size_of(cost_s, self._ahead_s)
-        ticket = Ticket(gate, rank, tenant, weight, cost_s, size, is_stream, waiter, now)
+        slots = gate.slots
+        ahead_s = self._ahead_s
+        needed_s = cost_s if is_stream or gate.pace > 1.0 else cost_s * gate.pace
+        # As `size_of`: this is the way of every request that finds room.
+        size = 1.0 if needed_s >= ahead_s else needed_s / ahead_s if needed_s > 0.0 else SIZE_MIN
+        ticket = Ticket(gate, rank, tenant, cost_s, size, is_stream, waiter, now)
         if not gate.waiting:
             if gate.due_s <= now:
                 gate.release_due(now)
-            if gate.fits(ticket) and slots.free_for(rank) > 0:
+            if gate.open + size <= gate.places and (
+                slots.total < slots.free_total or slots.free_for(rank) > 0
+            ):
                 self._start(ticket, now)
                 return ticket
+        self._enter_full(ticket, now)
+        return ticket
+
+    def take_others(self) -> Sequence[Ticket]:
+        """Whom to act on because of the last `enter`, once."""
+        others, self.others = self.others, []
+        return others
+
+    def _enter_full(self, ticket: Ticket, now: float) -> None:
+        """`enter` where there is no room, or others wait for it."""
+        rules, rank, gate = self.rules, ticket.rank, ticket.gate
+        slots = gate.slots
         if rules.classes[rank].can_preempt and not any(slots.waiting[rank:]):
             victim = self._victim(ticket)
             if victim is not None:
                 self._give_way(victim, rank)
                 self._start(ticket, now)
-                ticket.others = (victim, *self._fill(slots, now))
-                return ticket
+                self.others += (victim, *self._fill(slots, now))
+                return
         if self._waiting[rank] >= rules.classes[rank].queue_size:
             self.counts.refused_full[rank] += 1
             raise GatewayError(
@@ -190,14 +205,15 @@ class Scheduler:
                 f"The queue of class {CLASS_NAMES[rank]} is full",
                 retry_after_s=RETRY_AFTER_S,
             )
+        ticket.weighted_s = ticket.cost_s / rules.weight(ticket.tenant)
         ticket.deadline_s = now + rules.classes[rank].queue_timeout_s
         gate.queues[rank].push(ticket)
         gate.waiting += 1
         slots.waiting[rank] += 1
+        slots.waiting_total += 1
         self._waiting[rank] += 1
         if gate.waiting > 1:  # those who were there may wait for more room than this one needs
-            ticket.others = [each for each in self._fill(slots, now) if each is not ticket]
-        return ticket
+            self.others += (each for each in self._fill(slots, now) if each is not ticket)
 
     def first_byte(self, ticket: Ticket, now: float) -> Sequence[Ticket]:
         """The answer begins: its prefill is over, and it can give way to nobody any more. Returns whom to act on."""
@@ -206,7 +222,7 @@ class Scheduler:
         gate = ticket.gate
         gate.slots.preemptable[ticket.rank].pop(ticket, None)
         gate.release(ticket)
-        return self._fill(gate.slots, now)
+        return self._fill(gate.slots, now) if gate.slots.waiting_total else NOBODY
 
     def leave(self, ticket: Ticket, now: float, is_answered: bool = False) -> Sequence[Ticket]:
         """A request that held a slot is over; `is_answered` when a worker did what it asked for. Returns whom to act on."""
@@ -218,10 +234,11 @@ class Scheduler:
         gate = ticket.gate
         slots = gate.slots
         slots.give_back(ticket)
-        if is_answered and not ticket.is_stream:
-            gate.learn(ticket, now - ticket.admitted_s)
-        gate.release(ticket)
-        return self._fill(slots, now)
+        if ticket.share:
+            if is_answered and not ticket.is_stream:
+                gate.learn(ticket, now - ticket.admitted_s)
+            gate.release(ticket)
+        return self._fill(slots, now) if slots.waiting_total else NOBODY
 
     def abandon(self, ticket: Ticket, now: float) -> Sequence[Ticket]:
         """The client of a parked request left. Right in every state. Returns whom to act on."""
@@ -281,7 +298,9 @@ class Scheduler:
                 for rank, queue in enumerate(gate.queues):
                     for ticket in queue.everybody():
                         ticket.deadline_s = ticket.entered_s + rules.classes[rank].queue_timeout_s
-                        ticket.size = size_of(ticket.cost_s, self._ahead_s)
+                        pace = 1.0 if ticket.is_stream else min(gate.pace, 1.0)
+                        ticket.size = size_of(ticket.cost_s * pace, self._ahead_s)
+                        ticket.weighted_s = ticket.cost_s / rules.weight(ticket.tenant)
             changed += self.resize(slots, slots.capacity, now)
         return changed
 
@@ -308,25 +327,29 @@ class Scheduler:
 
     def _start(self, ticket: Ticket, now: float) -> None:
         """`ticket` goes at once, without having waited."""
-        gate = ticket.gate
+        gate, rules = ticket.gate, self.rules
         queue = gate.queues[ticket.rank]
         if gate.is_idle and not queue:
             queue.forget()
-        queue.charge(ticket)
+        weight = rules.weight(ticket.tenant) if rules.tenants else 1.0
+        queue.charge(ticket.tenant, ticket.cost_s / weight)
         self._admit(ticket, now)
 
     def _admit(self, ticket: Ticket, now: float) -> None:
         gate, rank = ticket.gate, ticket.rank
         ticket.state = ADMITTED
         ticket.admitted_s = now
-        gate.slots.take(ticket)
-        gate.slots.promoted_s[rank] = now
+        slots = gate.slots
+        slots.used[rank] += 1
+        slots.total += 1
+        slots.preemptable[rank][ticket] = None
+        slots.promoted_s[rank] = now
         gate.take(ticket, now)
         self.counts.admitted[rank] += 1
 
     def _fill(self, slots: Slots, now: float) -> Sequence[Ticket]:
         """Lets everybody go who can; those who went."""
-        if not any(slots.waiting):
+        if not slots.waiting_total:
             return NOBODY
         gone = []
         while slots.total < slots.capacity:
@@ -339,6 +362,7 @@ class Scheduler:
             ticket = gate.queues[rank].pop()
             gate.waiting -= 1
             slots.waiting[rank] -= 1
+            slots.waiting_total -= 1
             self._waiting[rank] -= 1
             self._admit(ticket, now)
             gone.append(ticket)
@@ -424,6 +448,7 @@ class Scheduler:
         ticket.gate.queues[ticket.rank].remove(ticket)
         ticket.gate.waiting -= 1
         ticket.gate.slots.waiting[ticket.rank] -= 1
+        ticket.gate.slots.waiting_total -= 1
         self._waiting[ticket.rank] -= 1
 
 

@@ -37,7 +37,8 @@ PACE_MIN, PACE_MAX = 1 / 16, 4.0
 _PACE_LEARNED = 0.1
 """Share of the way to an answer that came sooner than the estimate: one odd answer must not count for much."""
 _PACE_UP, _PACE_DOWN = 0.5, 0.025
-"""Per second. A pace that is three times too slow is right after three quarters of a minute."""
+"""Per second; down for prompts that take a whole place, and faster for shorter ones, whose queue in an engine is soon gone. A
+pace that is three times too slow is right after five to fifty seconds."""
 _PACE_RETURN = 0.005
 """Per second, the way back to the estimate where engines tell nothing."""
 
@@ -46,11 +47,12 @@ class Slots:
     """Slots of the requests that are with workers; those of one fleet, or one number for all (`--max-concurrent-requests`).
 
     Invariant: `total` is the sum of `used` and the number of requests that hold a slot. It is above `capacity` only after
-    the capacity has shrunk. `promoted_s` says when a class last got a slot.
+    the capacity has shrunk. `promoted_s` says when a class last got a slot. Below `free_total` in all, any class may take one.
     """
 
     __slots__ = (
         "capacity",
+        "free_total",
         "gates",
         "is_shrunk",
         "preemptable",
@@ -59,15 +61,17 @@ class Slots:
         "total",
         "used",
         "waiting",
+        "waiting_total",
     )
 
     def __init__(self) -> None:
-        self.capacity = NO_BOUND
+        self.capacity = self.free_total = NO_BOUND
         self.reserved: Sequence[int] = [0 for _ in RANKS]
         self.is_shrunk = False
         self.used = [0 for _ in RANKS]
         self.total = 0
         self.waiting = [0 for _ in RANKS]
+        self.waiting_total = 0
         self.promoted_s = [-math.inf for _ in RANKS]
         self.gates: list[Gate] = []
         # By rank, who has sent no byte yet as far as known, in order of admission.
@@ -79,6 +83,7 @@ class Slots:
         self.reserved, self.is_shrunk = (
             ([0 for _ in RANKS], False) if capacity == NO_BOUND else fitted(classes, capacity)
         )
+        self.free_total = capacity - sum(self.reserved)
 
     def free_for(self, rank: int) -> int:
         """Slots that a class may take now: all free ones but those that higher classes reserve and do not use."""
@@ -89,13 +94,6 @@ class Slots:
             if unused > 0:
                 free -= unused
         return free
-
-    def take(self, ticket: Ticket) -> None:
-        """`ticket` holds a slot from now on."""
-        rank = ticket.rank
-        self.used[rank] += 1
-        self.total += 1
-        self.preemptable[rank][ticket] = None
 
     def give_back(self, ticket: Ticket) -> None:
         """`ticket` holds its slot no more."""
@@ -110,7 +108,8 @@ class Gate:
     """The way to one set of workers.
 
     `places` is the number of workers, or without bound when there is none (dispatch knows what to tell them) or none is
-    wanted. `open` is the prefill under way, in places; `waiting` the requests in the queues.
+    wanted. `open` is the prefill under way, in places; `waiting` the requests in the queues. `due_s` is when the
+    next share ends by the estimate. `pace` corrects the estimates of answers that are no streams.
     """
 
     __slots__ = (
@@ -118,6 +117,7 @@ class Gate:
         "_holds",
         "_sequence",
         "_stalled_s",
+        "due_s",
         "open",
         "pace",
         "places",
@@ -139,6 +139,7 @@ class Gate:
         self._holders = 0
         # Shares of answers that are no streams: nothing tells when their prefill ends, so they end by the estimate.
         self._holds: list[tuple[float, int, Ticket]] = []
+        self.due_s = math.inf
         self._stalled_s = 0.0  # what the clock of these estimates is behind
         self._sequence = 0
 
@@ -163,7 +164,10 @@ class Gate:
         self._holders += 1
         if not ticket.is_stream:
             self._sequence += 1
-            heappush(self._holds, (now - self._stalled_s + ticket.cost_s * self.pace, self._sequence, ticket))
+            due_s = now - self._stalled_s + ticket.cost_s * self.pace
+            heappush(self._holds, (due_s, self._sequence, ticket))
+            if due_s < self.due_s - self._stalled_s:
+                self.due_s = due_s + self._stalled_s
 
     def release(self, ticket: Ticket) -> None:
         """The prefill of `ticket` is over; nothing when that was known already."""
@@ -174,40 +178,40 @@ class Gate:
             if not self._holders:
                 self.open = 0.0  # rounding must not add up over weeks
                 self._holds.clear()
+                self.due_s = math.inf
 
     def release_due(self, now: float) -> None:
         """Lets go of the shares whose estimated time is over."""
         holds = self._holds
-        now -= self._stalled_s
-        while holds and (holds[0][0] <= now or not holds[0][2].share):
+        by_s = now - self._stalled_s
+        while holds and (holds[0][0] <= by_s or not holds[0][2].share):
             self.release(heappop(holds)[2])
-
-    @property
-    def due_s(self) -> float:
-        """When the next share ends by the estimate."""
-        return self._holds[0][0] + self._stalled_s if self._holds else math.inf
+        self.due_s = holds[0][0] + self._stalled_s if holds else math.inf
 
     @property
     def has_estimates(self) -> bool:
         """Whether a share is held whose end only the estimate tells."""
         return bool(self._holds)
 
-    def observe(self, seconds: float, backed_up_ratio: float | None) -> None:
-        """For so long this share of the engines has told that work waits in them; None: they tell nothing.
+    def observe(self, seconds: float, waiting: Sequence[int]) -> None:
+        """For so long the engines behind the gate, those that tell, have had so many requests waiting each.
 
-        Where work waits no estimate of ours runs off: without this one that is too short by a hundredth adds up, prefill by
-        prefill, to a queue in the engines. And the pace follows, while it is what requests wait for: slower where work waits,
-        a little faster where none does, so that it settles where work waits a twentieth of the time.
+        Where a place's worth of work waits no estimate of ours runs off: without this one that is too short by a hundredth
+        adds up, prefill by prefill, to a queue in the engines. And the pace follows, while it is what requests wait for:
+        slower where work waits, a little faster where none does, so that it settles where work waits a twentieth of the time.
         """
-        if not self._holds:
+        if not self._holders or not self._holds:
             return
-        if backed_up_ratio is None:
+        if not waiting:
             if self.pace < 1.0:
                 self.pace *= 1.0 + _PACE_RETURN * seconds
             return
+        size = max(self.open / self._holders, 0.1)
+        backed_up_ratio = sum(count * size + _ROUNDING >= 1.0 for count in waiting) / len(waiting)
         self._stalled_s += seconds * backed_up_ratio
+        self.due_s += seconds * backed_up_ratio
         if self.waiting and self.open + 1.0 > self.places:
-            slower, faster = _PACE_UP * backed_up_ratio, _PACE_DOWN * (1.0 - backed_up_ratio)
+            slower, faster = _PACE_UP * backed_up_ratio, _PACE_DOWN / size * (1.0 - backed_up_ratio)
             self.pace = min(max(self.pace * (1.0 + (slower - faster) * seconds), PACE_MIN), PACE_MAX)
 
     def learn(self, ticket: Ticket, seconds: float) -> None:

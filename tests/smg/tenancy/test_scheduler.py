@@ -271,7 +271,9 @@ def test_one_long_prefill_per_worker_is_under_way_and_the_next_goes_at_its_first
     play.enter("short", tenant="other")
     # The short one is next. The long one behind it waits until its place is whole: sent now, it might come first.
     assert play.first_byte("f0") == ["short"]
-    assert play.enter("again", tenant="flood").state == WAITING  # nor does its tenant's next short one fill that up
+    assert (
+        play.enter("again", tenant="flood").state == WAITING
+    )  # nor does its tenant's next short one fill that up
     assert play.first_byte("short") == ["f2"]
     assert play.leave("f0") == []  # its slot was not what others waited for
     assert play.first_byte("f1") == ["f3"]
@@ -317,15 +319,15 @@ def test_where_work_waits_in_the_engines_no_estimate_runs_off_and_the_pace_slows
     for name in "abc":
         play.enter(name, cost_s=2.0, is_stream=False)
     for _ in range(20):
-        play.gate.observe(0.1, 1.0)
+        play.gate.observe(0.1, [1])
         assert play.after(0.1) == []
     assert 2.0 < play.gate.pace < 3.0
     for _ in range(19):
-        play.gate.observe(0.1, 0.0)
+        play.gate.observe(0.1, [0])
         assert play.after(0.1) == []
     assert play.after(0.11) == ["b"]
     pace = play.gate.pace
-    play.gate.observe(1.0, 0.0)
+    play.gate.observe(1.0, [0])
     assert 0.9 * pace < play.gate.pace < pace  # nobody had to wait there: a little faster
 
 
@@ -334,7 +336,7 @@ def test_without_reports_a_pace_that_was_learned_returns_to_the_estimate():
     play.gate.pace = 0.5
     play.enter("a", cost_s=1000.0, is_stream=False)
     for _ in range(1000):
-        play.gate.observe(1.0, None)
+        play.gate.observe(1.0, [])
     assert 0.99 < play.gate.pace < 1.01
 
 
@@ -372,7 +374,7 @@ def test_adm_7_the_newest_of_the_lowest_class_gives_way():
     for name, rank in (("b0", BULK), ("b1", BULK), ("d0", DEFAULT), ("d1", DEFAULT)):
         play.enter(name, rank)
     ticket = play.enter("i", INTERACTIVE)
-    assert ticket.state == ADMITTED and names(ticket.others) == ["b1"]
+    assert ticket.state == ADMITTED and names(play.scheduler.take_others()) == ["b1"]
     assert play.tickets["b1"].state == PREEMPTED
     assert play.scheduler.in_flight == [1, 2, 1, 0]
     error = play.scheduler.preempted_error()

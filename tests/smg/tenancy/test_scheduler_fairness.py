@@ -40,7 +40,7 @@ class World:
         self.ttft_s: dict[str, list[float]] = {}
         self.output_tokens = 32
         self.reported_s = 0.0
-        self.backed_up = 0.0
+        self.told: list[int] = []
         self.prefill_s = 0.0  # the longest of the flood's
 
     def at(self, when_s: float, what: str, about: object = None) -> None:
@@ -55,6 +55,7 @@ class World:
         self.tickets[name] = (ticket, tokens, self.number)
         if ticket.state is ADMITTED:
             self.at(self.now + WAY_S, "submit", name)
+        self.act(self.scheduler.take_others())
 
     def act(self, tickets) -> None:
         for ticket in tickets:
@@ -105,8 +106,8 @@ class World:
             # Engines tell four times a second how much waits; the shell looks ten times a second (services/fleet_slots).
             if self.now - self.reported_s >= 0.25:
                 self.reported_s = self.now
-                self.backed_up = sum(engine.waiting > 0 for engine in self.engines) / len(self.engines)
-            self.gate.observe(0.1, self.backed_up)
+                self.told = [engine.waiting for engine in self.engines]
+            self.gate.observe(0.1, self.told)
             self.act(self.scheduler.expire(self.now))
             self.at(self.now + 0.1, "sweep")
         elif what == "submit":

@@ -125,29 +125,31 @@ class Shell:
         tenant = "abc"[pick // 64 % 3]
         if not gate.waiting:
             gate.release_due(self.now)  # as whoever arrives does
-        size = size_of(
-            cost_s,
-            0.25 if self.scheduler.rules.prefill_ahead_s is None else self.scheduler.rules.prefill_ahead_s,
-        )
+        is_stream = pick % 2 == 0
+        ahead_s = self.scheduler.rules.prefill_ahead_s
+        pace = 1.0 if is_stream else min(gate.pace, 1.0)
+        size = size_of(cost_s * pace, 0.25 if ahead_s is None else ahead_s)
         room = gate.open + size <= gate.places + 1e-9 and self.slots.free_for(rank) > 0
         waiting = self.scheduler.waiting[rank]
         self.number += 1
         try:
-            ticket = self.scheduler.enter(gate, rank, tenant, cost_s, pick % 2 == 0, self.number, self.now)
+            ticket = self.scheduler.enter(gate, rank, tenant, cost_s, is_stream, self.number, self.now)
         except GatewayError as error:
             assert error.code == "scheduler_queue_full"
             assert (not room or gate.waiting) and waiting >= self.scheduler.rules.classes[rank].queue_size
             return
+        others = self.scheduler.take_others()
+        assert not self.scheduler.others
         if ticket.state is ADMITTED:
-            assert room or ticket.others[0].state is PREEMPTED
+            assert room or others[0].state is PREEMPTED
             self.running.append(ticket)
         else:
             assert ticket.state is WAITING and (not room or gate.waiting > 1)
             self.parked.append(ticket)
-        for victim in ticket.others:
+        for victim in others:
             if victim.state is PREEMPTED:
                 assert victim.rank < rank and victim.waiter not in self.blocked
-        self.act(ticket.others)
+        self.act(others)
 
     def check(self) -> None:
         slots, scheduler = self.slots, self.scheduler
@@ -235,7 +237,7 @@ def test_starvation_is_bounded_whatever_comes_above(capacity, arrivals, ahead_s)
             ticket = scheduler.enter(gate, each, "t", cost_s, True, None, now)
             if ticket.state is ADMITTED:
                 changed.append(ticket)
-            changed += ticket.others
+            changed += scheduler.take_others()
         for ticket in changed:
             running.append((now + run_s, ticket))
             served_s[ticket.rank] = now
