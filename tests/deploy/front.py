@@ -152,6 +152,19 @@ class Site:
         (value,) = re.findall(r"^smg_admission_inflight (\S+)$", page, re.MULTILINE)
         return int(float(value))
 
+    def blamed(self) -> dict[str, set[str]]:
+        """For each load balancer, the nodes that by its log have dropped a request which they had been sent."""
+        lines = (self.folder / "haproxy.log").read_text()
+        by_haproxy = set(re.findall(r" nodes/(\w+) \S+ -?\d+ \d+ - - S\S{3} ", lines))
+        names = {str(port): name for name, port in self.ports.items()}
+        by_nginx = {
+            names[port]
+            for line in (self.folder / "nginx" / "error.log").read_text().splitlines()
+            if "[error]" in line and "while connecting" not in line
+            for port in re.findall(r'upstream: "http://127\.0\.0\.1:(\d+)/', line)
+        }
+        return {"haproxy": by_haproxy, "nginx": by_nginx}
+
     def kill_node(self, name: str) -> None:
         """As the kernel ends it when memory is short."""
         self.programs[name].kill()
