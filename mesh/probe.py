@@ -42,7 +42,6 @@ class _Round:
         "has_eof",
         "is_helper_refused",
         "is_regular",
-        "is_streamed",
         "member",
         "nacks",
         "refused_s",
@@ -58,7 +57,6 @@ class _Round:
         self.start_s = now
         self.is_regular = is_regular
         self.has_eof = has_eof
-        self.is_streamed = False
         self.asked = 0
         self.nacks = 0
         self.refused_s: float | None = None
@@ -287,7 +285,6 @@ class Detector:
             verdict_s = 2 * settings.probe_timeout_max_s
         else:
             if member.stream_only:
-                probe.is_streamed = True
                 self._outbox.stream(member.name, member.address, ping, self._buddy(member))
             wait_s = settings.probe_rtt_mult * (member.rtt_s or 0.0)
             wait_s = max(settings.probe_timeout_min_s, min(settings.probe_timeout_max_s, wait_s))
@@ -300,8 +297,9 @@ class Detector:
         member = probe.member
         if not member.stream_only or probe.has_eof:
             self._ask(probe, dials=probe.has_eof)
-        if self._settings.stream_probe and (not probe.is_streamed or probe.has_eof):
-            probe.is_streamed = True
+        if self._settings.stream_probe:
+            # Also when it was asked by stream already: that stream may have been closed for want of use just as the
+            # question travelled, and then this one opens another.
             ping = self._ping(member, probe.seq)
             self._outbox.stream(member.name, member.address, ping, self._buddy(member))
 

@@ -68,6 +68,28 @@ def test_with_udp_blocked_streams_carry_the_probes_and_nobody_is_suspected() -> 
     assert not member.stream_only, "the datagram that is still sent notices that the way is free"
 
 
+def test_with_udp_blocked_a_ping_that_is_lost_with_its_stream_is_sent_again_before_anybody_is_suspected() -> (
+    None
+):
+    table, _ = mesh_of(3)
+    table.lost = lambda source, target, by_stream: not by_stream
+    table.run(20.0)
+    asked: set[int] = set()
+
+    def first_is_lost(source: tuple[str, int], target: tuple[str, int], by_stream: bool) -> bool:
+        message = table.sent[-1][2]
+        if not by_stream or not isinstance(message, Packet) or not isinstance(message.body, Ping):
+            return not by_stream
+        is_first = message.body.seq not in asked
+        asked.add(message.body.seq)
+        return is_first
+
+    table.lost = first_is_lost
+    table.run(20.0)
+    assert len(asked) > 60
+    assert all("Suspected" not in kinds(found) for found in table.events.values())
+
+
 def test_with_udp_blocked_rumors_go_by_stream_too() -> None:
     table, swims = mesh_of(3)
     table.lost = lambda source, target, by_stream: not by_stream
