@@ -35,9 +35,8 @@ from smg.telemetry import log as logs
 from smg.telemetry.loop_delay import watch_loop_delay
 
 LISTENER_GRACE_MAX_S = 5.0  # LIFE-5: load balancers notice an unready node within their probe interval
-HANDSHAKE_S = (
-    0.1  # how long before its end the listener answers no newcomer: more than a round trip to a load balancer
-)
+HANDSHAKE_S = 0.1
+"""How long no newcomer is answered before the port is closed: more than a round trip to a load balancer."""
 LAST_WORDS_S = 1.0  # for the failure frames of streams; a client that takes nothing by then is cut
 EXIT_SECOND_SIGNAL = 130
 READY_PATIENCE_S = 3.0
@@ -193,9 +192,9 @@ async def drain(start_draining: Callable[[], None], server: Server, grace_s: flo
     server.start_draining()
     started_s = trio.current_time()
     open_s = min(grace_s / 2, LISTENER_GRACE_MAX_S)
-    await trio.sleep(open_s - min(open_s / 2, HANDSHAKE_S))
+    await trio.sleep(open_s)
     server.turn_newcomers_away()
-    await trio.sleep_until(started_s + open_s)
+    await trio.sleep(min(open_s / 2, HANDSHAKE_S))
     server.stop_listening(last_word_s=open_s)
     with trio.move_on_at(started_s + grace_s):
         await server.wait_closed()
