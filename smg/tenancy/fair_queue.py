@@ -76,8 +76,15 @@ class FairQueue(Generic[Q]):
         """All who wait, in order of arrival."""
         return list(self._order)
 
-    def charge(self, tenant: str, weighted_s: float) -> None:
-        """A request goes without having waited."""
+    def charge(self, tenant: str, weighted_s: float, is_first: bool = False) -> None:
+        """A request goes without having waited; `is_first` begins a new busy time, in which nobody owes anything yet.
+
+        Before that nobody waited and nothing was under way.
+        """
+        if is_first:
+            self._finish = {tenant: weighted_s}
+            self._virtual = 0.0
+            return
         start = self._finish.get(tenant, 0.0)
         if start < self._virtual:
             start = self._virtual
@@ -123,13 +130,6 @@ class FairQueue(Generic[Q]):
             if len(self._heap) > 2 * len(self._flows) + 64:  # entries of those who left are many
                 self._heap = [entry for entry in self._heap if self._is_valid(entry)]
                 heapify(self._heap)
-
-    def forget(self) -> None:
-        """The busy time is over: nobody waits and nothing is under way, so nobody owes anything."""
-        assert not self._order
-        self._finish.clear()
-        self._heap.clear()
-        self._virtual = 0.0
 
     def _enter(self, tenant: str, flow: _Flow[Q]) -> None:
         self._turns += 1

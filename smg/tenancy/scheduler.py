@@ -29,7 +29,7 @@ from itertools import islice
 from smg.errors import GatewayError
 from smg.tenancy.admission import ADMITTED, EXPIRED, LEFT, RETRY_AFTER_S, WAITING
 from smg.tenancy.priorities import CLASS_NAMES, PREFILL_AHEAD_S, RANKS, Rules
-from smg.tenancy.slots import SIZE_MIN, Gate, Slots, size_of
+from smg.tenancy.slots import PACE_MIN, SIZE_MIN, Gate, Slots, size_of
 
 PREEMPTED = "preempted"
 RETRY_PREEMPTED_S = 1.0
@@ -171,7 +171,7 @@ class Scheduler:
         size = 1.0 if needed_s >= ahead_s else needed_s / ahead_s if needed_s > 0.0 else SIZE_MIN
         ticket = Ticket(gate, rank, tenant, cost_s, size, is_stream, waiter, now)
         if not gate.waiting:
-            if gate.due_s <= now:
+            if gate.open + size > gate.places:
                 gate.release_due(now)
             if gate.open + size <= gate.places and (
                 slots.total < slots.free_total or slots.free_for(rank) > 0
@@ -235,7 +235,7 @@ class Scheduler:
         slots = gate.slots
         slots.give_back(ticket)
         if ticket.share:
-            if is_answered and not ticket.is_stream:
+            if is_answered and not ticket.is_stream and gate.pace > PACE_MIN:
                 gate.learn(ticket, now - ticket.admitted_s)
             gate.release(ticket)
         return self._fill(slots, now) if slots.waiting_total else NOBODY
@@ -327,12 +327,10 @@ class Scheduler:
 
     def _start(self, ticket: Ticket, now: float) -> None:
         """`ticket` goes at once, without having waited."""
-        gate, rules = ticket.gate, self.rules
-        queue = gate.queues[ticket.rank]
-        if gate.is_idle and not queue:
-            queue.forget()
+        gate, rank, rules = ticket.gate, ticket.rank, self.rules
+        queue = gate.queues[rank]
         weight = rules.weight(ticket.tenant) if rules.tenants else 1.0
-        queue.charge(ticket.tenant, ticket.cost_s / weight)
+        queue.charge(ticket.tenant, ticket.cost_s / weight, gate.is_idle and not gate.waiting)
         self._admit(ticket, now)
 
     def _admit(self, ticket: Ticket, now: float) -> None:
@@ -343,7 +341,8 @@ class Scheduler:
         slots.used[rank] += 1
         slots.total += 1
         slots.preemptable[rank][ticket] = None
-        slots.promoted_s[rank] = now
+        if slots.waiting_total:
+            slots.promoted_s[rank] = now  # while nobody waits it says nothing
         gate.take(ticket, now)
         self.counts.admitted[rank] += 1
 

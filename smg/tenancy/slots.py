@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from typing import TYPE_CHECKING
 
 from smg.tenancy.fair_queue import FairQueue
@@ -108,8 +108,8 @@ class Gate:
     """The way to one set of workers.
 
     `places` is the number of workers, or without bound when there is none (dispatch knows what to tell them) or none is
-    wanted. `open` is the prefill under way, in places; `waiting` the requests in the queues. `due_s` is when the
-    next share ends by the estimate. `pace` corrects the estimates of answers that are no streams.
+    wanted. `open` is the prefill under way, in places; `waiting` the requests in the queues. `pace` corrects
+    the estimates of answers that are no streams.
     """
 
     __slots__ = (
@@ -117,7 +117,6 @@ class Gate:
         "_holds",
         "_sequence",
         "_stalled_s",
-        "due_s",
         "open",
         "pace",
         "places",
@@ -139,7 +138,6 @@ class Gate:
         self._holders = 0
         # Shares of answers that are no streams: nothing tells when their prefill ends, so they end by the estimate.
         self._holds: list[tuple[float, int, Ticket]] = []
-        self.due_s = math.inf
         self._stalled_s = 0.0  # what the clock of these estimates is behind
         self._sequence = 0
 
@@ -163,11 +161,11 @@ class Gate:
         self.open += ticket.size
         self._holders += 1
         if not ticket.is_stream:
-            self._sequence += 1
-            due_s = now - self._stalled_s + ticket.cost_s * self.pace
-            heappush(self._holds, (due_s, self._sequence, ticket))
-            if due_s < self.due_s - self._stalled_s:
-                self.due_s = due_s + self._stalled_s
+            self._sequence = sequence = self._sequence + 1
+            holds = self._holds
+            heappush(holds, (now - self._stalled_s + ticket.cost_s * self.pace, sequence, ticket))
+            if len(holds) > 2 * self._holders + 64:
+                self._trim()  # most answers end before their estimate does
 
     def release(self, ticket: Ticket) -> None:
         """The prefill of `ticket` is over; nothing when that was known already."""
@@ -178,19 +176,27 @@ class Gate:
             if not self._holders:
                 self.open = 0.0  # rounding must not add up over weeks
                 self._holds.clear()
-                self.due_s = math.inf
 
     def release_due(self, now: float) -> None:
         """Lets go of the shares whose estimated time is over."""
+        if len(self._holds) > self._holders:
+            self._trim()
         holds = self._holds
         by_s = now - self._stalled_s
-        while holds and (holds[0][0] <= by_s or not holds[0][2].share):
+        while holds and holds[0][0] <= by_s:
             self.release(heappop(holds)[2])
-        self.due_s = holds[0][0] + self._stalled_s if holds else math.inf
+
+    @property
+    def due_s(self) -> float:
+        """When the next share ends by the estimate."""
+        return (
+            min((due_s for due_s, _, ticket in self._holds if ticket.share), default=math.inf)
+            + self._stalled_s
+        )
 
     @property
     def has_estimates(self) -> bool:
-        """Whether a share is held whose end only the estimate tells."""
+        """Whether a share may be held whose end only the estimate tells."""
         return bool(self._holds)
 
     def observe(self, seconds: float, waiting: Sequence[int]) -> None:
@@ -209,10 +215,13 @@ class Gate:
         size = max(self.open / self._holders, 0.1)
         backed_up_ratio = sum(count * size + _ROUNDING >= 1.0 for count in waiting) / len(waiting)
         self._stalled_s += seconds * backed_up_ratio
-        self.due_s += seconds * backed_up_ratio
         if self.waiting and self.open + 1.0 > self.places:
             slower, faster = _PACE_UP * backed_up_ratio, _PACE_DOWN / size * (1.0 - backed_up_ratio)
             self.pace = min(max(self.pace * (1.0 + (slower - faster) * seconds), PACE_MIN), PACE_MAX)
+
+    def _trim(self) -> None:
+        self._holds = [hold for hold in self._holds if hold[2].share]
+        heapify(self._holds)
 
     def learn(self, ticket: Ticket, seconds: float) -> None:
         """An answer that is no stream came whole so long after its request was let through: no prefill took longer."""

@@ -79,7 +79,7 @@ def test_what_leaves_costs_its_tenant_nothing():
 def test_debts_end_with_the_busy_time():
     queue: FairQueue[Request] = FairQueue()
     queue.charge("a", 50.0)
-    queue.forget()
+    queue.charge("c", 1.0, is_first=True)
     queue.push(Request("a"))
     queue.push(Request("b"))
     assert order(queue) == "ab"
