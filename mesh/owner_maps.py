@@ -147,7 +147,10 @@ class OwnerMaps:
         if log is not None:
             log.life = self.life
             self.logs[(self.home.name, self.life)] = log
-        self.lives.set_own(self.life)
+        # Peers learn of this life by its first version alone (membership cannot tell them its number), so it has one
+        # even if its owner says nothing: or what the former life left behind would stand for ever.
+        own = self.own
+        own.have = max(own.have, 1)
         self._encoded = None
         self.touch((self.home.name, self.life), now)
 

@@ -171,6 +171,21 @@ def test_a_restart_with_a_clock_far_behind_outranks_its_former_life() -> None:
     assert talk["a"].stats()["outranked_lives"] >= 1
 
 
+def test_a_restart_with_a_clock_far_behind_that_lists_nothing_ends_its_former_life_all_the_same() -> None:
+    talk = Talk([REG])
+    talk.restart("a", life=77)
+    talk["a"].put("reg", b"old", b"1", talk.now)
+    talk.settle()
+    talk.cut("a", "b")
+    talk.lives["a"] = 5
+    talk.replicas["a"] = talk.new("a")
+    talk["a"].own_outranked(77, talk.now)
+    talk.connect("a", "b")
+    talk.run(5.0)
+    assert view(talk, "b") == view(talk, "a") == {}
+    assert talk.is_equal()
+
+
 def test_a_life_born_in_the_far_future_is_refused() -> None:
     talk = Talk([REG])
     life = int(talk.now + 601) << 32

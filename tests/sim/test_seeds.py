@@ -41,6 +41,12 @@ def test_the_stream_of_the_rightful_owner_of_a_name_outlives_an_impostor() -> No
     assert not problems, report(321, problems, with_state=True)
 
 
+def test_what_a_life_with_a_faster_clock_left_behind_goes_even_if_its_successor_says_nothing() -> None:
+    """Seed 988: the successor wrote nothing into one namespace, so nobody heard there that its former life was over."""
+    problems = play(draw(988), with_state=True)
+    assert not problems, report(988, problems, with_state=True)
+
+
 def test_the_same_seed_is_the_same_history() -> None:
     def trace() -> list[str]:
         world, _ = play_world(draw(7))
