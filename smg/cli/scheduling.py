@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import trio
 
 from smg.api.call import Call
+from smg.errors import SettingsError
 from smg.fleet.pool import Pool
 from smg.fleet.registry import Registry
 from smg.fleet.service_model import PrefillModels
@@ -104,7 +105,13 @@ class Scheduling:
     def _read_rules(self) -> Rules:
         """Flags and file together; without a file what is built in holds. Reads the file. Raises `SettingsError`."""
         path = self._limits.priority_scheduler_config
-        told = PriorityFile() if path is None else load_yaml(path, PriorityFile, FLAG)
+        told = PriorityFile()
+        if path is not None:
+            told = load_yaml(path, PriorityFile, FLAG)
+            if told == PriorityFile():  # such as one that is being written
+                raise SettingsError(
+                    FLAG, repr(path), "says nothing; give classes or tenant_policies", is_combination=True
+                )
         return told.rules(self._limits.priority_scheduler_default_max_class)
 
     def _prepare(self) -> Change | None:

@@ -66,10 +66,16 @@ class Turns:
         now = readiness.now_s
         if fleet.is_stale:
             self._act(fleet.refit(now))
-        tenant = self._tenants.of(exchange)
+        head = exchange.head
+        tenant = head.tenant or self._tenants.of(exchange)
+        rules = scheduler.rules
+        if HEADER in head.fields or rules.tenants:
+            rank = self._rank(exchange, tenant, rules)
+        else:
+            rank = min(DEFAULT, rules.default_max_rank)
         ticket = scheduler.enter(
             fleet.gate_of(pool),
-            self._rank(exchange, tenant),
+            rank,
             tenant,
             self._estimate(call, pool),
             call.is_stream,
@@ -139,11 +145,10 @@ class Turns:
             shares.append(used / room if room else 1.0)
         return max(shares)
 
-    def _rank(self, exchange: Exchange, tenant: str) -> int:
+    def _rank(self, exchange: Exchange, tenant: str, rules: Rules) -> int:
         """The class of a request: what its header names, never above what its tenant may have."""
-        rules = self._scheduler.rules
         value = exchange.head.fields.get(HEADER)
-        highest = rules.max_rank(tenant) if rules.tenants else rules.default_max_rank
+        highest = rules.max_rank(tenant)
         if value is None:
             return DEFAULT if highest >= DEFAULT else highest
         asked = rank_of(value)

@@ -176,7 +176,7 @@ class Scheduler:
             if gate.open + size <= gate.places and (
                 slots.total < slots.free_total or slots.free_for(rank) > 0
             ):
-                self._start(ticket, now)
+                self._start(ticket, gate, rank, now)
                 return ticket
         self._enter_full(ticket, now)
         return ticket
@@ -194,7 +194,7 @@ class Scheduler:
             victim = self._victim(ticket)
             if victim is not None:
                 self._give_way(victim, rank)
-                self._start(ticket, now)
+                self._start(ticket, gate, rank, now)
                 self.others += (victim, *self._fill(slots, now))
                 return
         if self._waiting[rank] >= rules.classes[rank].queue_size:
@@ -233,7 +233,10 @@ class Scheduler:
         ticket.state = LEFT
         gate = ticket.gate
         slots = gate.slots
-        slots.give_back(ticket)
+        rank = ticket.rank
+        slots.used[rank] -= 1  # as `give_back`: the way of every request
+        slots.total -= 1
+        slots.preemptable[rank].pop(ticket, None)
         if ticket.share:
             if is_answered and not ticket.is_stream and gate.pace > PACE_MIN:
                 gate.learn(ticket, now - ticket.admitted_s)
@@ -325,16 +328,14 @@ class Scheduler:
 
     # -- who goes
 
-    def _start(self, ticket: Ticket, now: float) -> None:
+    def _start(self, ticket: Ticket, gate: Gate, rank: int, now: float) -> None:
         """`ticket` goes at once, without having waited."""
-        gate, rank, rules = ticket.gate, ticket.rank, self.rules
-        queue = gate.queues[rank]
-        weight = rules.weight(ticket.tenant) if rules.tenants else 1.0
-        queue.charge(ticket.tenant, ticket.cost_s / weight, gate.is_idle and not gate.waiting)
-        self._admit(ticket, now)
+        rules = self.rules
+        weighted_s = ticket.cost_s / rules.weight(ticket.tenant) if rules.tenants else ticket.cost_s
+        gate.queues[rank].charge(ticket.tenant, weighted_s, gate.is_idle and not gate.waiting)
+        self._admit(ticket, gate, rank, now)
 
-    def _admit(self, ticket: Ticket, now: float) -> None:
-        gate, rank = ticket.gate, ticket.rank
+    def _admit(self, ticket: Ticket, gate: Gate, rank: int, now: float) -> None:
         ticket.state = ADMITTED
         ticket.admitted_s = now
         slots = gate.slots
@@ -363,7 +364,7 @@ class Scheduler:
             slots.waiting[rank] -= 1
             slots.waiting_total -= 1
             self._waiting[rank] -= 1
-            self._admit(ticket, now)
+            self._admit(ticket, gate, rank, now)
             gone.append(ticket)
         return gone
 
