@@ -147,21 +147,23 @@ class OwnerMaps:
         if log is not None:
             log.life = self.life
             self.logs[(self.home.name, self.life)] = log
-        # Peers learn of this life by its first version alone (membership cannot tell them its number), so it has one
-        # even if its owner says nothing: or what the former life left behind would stand for ever.
-        own = self.own
-        own.have = max(own.have, 1)
+        self.lives.set_own(self.life)
+        if self.is_checked:
+            # Peers learn of this life by its first version alone (membership cannot tell them its number), so it has
+            # one even if its owner says nothing: or what the former life left behind would stand for ever.
+            self.own.have = max(self.own.have, 1)
         self._encoded = None
         self.touch((self.home.name, self.life), now)
 
     # ---- vectors ----------------------------------------------------------------------------------------
 
     def vector(self, flags: int) -> Frame:
-        """Our vector. Sources without a single entry are left out: there is nothing to fetch."""
+        """Our vector. Where entries expire, sources without a single entry are left out: there is nothing to fetch.
+        Where they stand, an empty life of an impostor must come to the ears of the name's owner, who outranks it."""
         rows = tuple(
             Row(owner, life, log.have, self._mark(log))
             for (owner, life), log in self.logs.items()
-            if log.entries or (owner == self.home.name and log.have)
+            if log.entries or (log.have and (self.is_checked or owner == self.home.name))
         )
         return encode_body(Vector(self.name, self.kind, flags, rows))
 
