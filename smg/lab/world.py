@@ -32,6 +32,9 @@ TEXT_BLOCK = 512
 ASK_S = 0.05
 """Uncached prefill that makes an owner's answer worth asking for."""
 
+REPAIR_S = 1.0
+"""How much later news arrives that was lost: the mesh sees the gap in a stream and asks for it (docs/mesh/state.md)."""
+
 _ARRIVAL, _ENGINE, _POLL, _NEWS = range(4)
 
 
@@ -43,7 +46,7 @@ class WorldSettings(msgspec.Struct, frozen=True, kw_only=True):
     delay_s: float | None = 1.0
     """Until a gateway's news reaches the others; None: never. Without meaning for one gateway."""
     loss_ratio: float = 0.0
-    """Share of news that is lost on each way, without repair."""
+    """Share of that news that is lost on the way and brought by a repair, `REPAIR_S` later."""
     is_owner_asked: bool = False
     """The session's owner among the gateways decides (docs/routing.md)."""
     poll_s: float = 0.25
@@ -191,14 +194,15 @@ class World:
         delay_s = self.settings.delay_s
         if self.settings.gateways == 1 or delay_s is None:
             return
+        loss = self.settings.loss_ratio
         for number, gateway in enumerate(self.gateways):
-            if number in (sender, self._asker) or (
-                self.settings.loss_ratio and self.rng.random() < self.settings.loss_ratio
-            ):
+            if number in (sender, self._asker):
                 continue
             receiver = send(gateway)
             if receiver is not None:
-                self._push(self.now_s + delay_s, _NEWS, (receiver, news))
+                is_lost = loss and self.rng.random() < loss
+                late_s = REPAIR_S if is_lost else 0.0
+                self._push(self.now_s + delay_s + late_s, _NEWS, (receiver, news))
 
     # -- the loop ------------------------------------------------------------------------------
 

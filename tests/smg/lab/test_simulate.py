@@ -61,11 +61,12 @@ def test_owners_decide_nearly_as_well_as_one_gateway():
     assert owned.ttft_mean_s < told.ttft_mean_s
 
 
-def test_lost_news_costs_hits_but_nothing_stops():
+def test_lost_news_comes_later_and_nothing_stops():
     lossy = simulate("cache_aware", gateways=4, delay_s=0.1, loss_ratio=0.5)["cache_aware"]
     whole = simulate("cache_aware", gateways=4, delay_s=0.1)["cache_aware"]
     assert lossy.requests == whole.requests
-    assert lossy.hit_ratio < whole.hit_ratio
+    assert lossy.ttft_mean_s != whole.ttft_mean_s
+    assert lossy.hit_ratio > 0.9 * whole.hit_ratio
 
 
 def test_calibration_finds_the_pace_of_a_load():
