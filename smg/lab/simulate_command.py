@@ -44,7 +44,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="seconds until a gateway's news reaches the others; 'none': never (1)",
     )
-    add("--loss", type=_ratio, default=0.0, metavar="R", help="share of that news that is lost and repaired a second later (0)")
+    add(
+        "--loss",
+        type=_ratio,
+        default=0.0,
+        metavar="R",
+        help="share of that news that is lost and repaired a second later (0)",
+    )
     add(
         "--owner", action="store_true", help="owner placement: the session's owner among the gateways decides"
     )

@@ -442,7 +442,13 @@ FAMILIES: tuple[Family, ...] = (
         "Used share of the slots that a class could have now, in the fullest fleet; at 1 its next request waits or preempts.",
         "ADM-6",
     ),
-    Family("smg_scheduler_utilization", GAUGE, (), "Used share of all slots, 0 when they are not bounded.", "ADM-6"),
+    Family(
+        "smg_scheduler_utilization",
+        GAUGE,
+        (),
+        "Used share of all slots, 0 when they are not bounded.",
+        "ADM-6",
+    ),
     Family(
         "smg_scheduler_prefill_utilization",
         GAUGE,
