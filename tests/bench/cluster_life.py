@@ -315,7 +315,7 @@ def _iptables(space: str, *rule: str) -> None:
     subprocess.run(["ip", "netns", "exec", space, "iptables", "-w", "5", *rule], check=True)
 
 
-async def _cut_outside(seconds: float) -> int:
+async def _cut_outside(seconds: float, logs: Path | None) -> int:
     """Makes the network, and plays inside it: clients, balancer and engines on a host of their own."""
     remove_leftovers()
     async with lab() as net:
@@ -323,7 +323,7 @@ async def _cut_outside(seconds: float) -> int:
         hub = net.add_host()
         words = (
             sys.executable, "-m", "tests.bench.cluster_life", "cut", "--seconds", str(seconds),
-            "--inside", net.ip(hub), *spaces,
+            *(() if logs is None else ("--logs", str(logs))), "--inside", net.ip(hub), *spaces,
         )  # fmt: skip
         return await _run_inside(net, hub, words)
 
@@ -415,7 +415,7 @@ PLAYS: dict[str, tuple[float, Callable[[Site, Verdict, float], Awaitable[None]]]
     "kill": (20.0, kill),
     "restart": (10.0, restart),
     "soak": (600.0, soak),
-    "owner": (20.0, owner),
+    "owner": (45.0, owner),
 }
 CUT_SECONDS = 60.0
 
@@ -460,7 +460,7 @@ def main() -> int:
     parser.add_argument("--inside", nargs="+", default=(), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.play == "cut" and not arguments.inside:
-        return trio.run(_cut_outside, arguments.seconds)
+        return trio.run(_cut_outside, arguments.seconds, arguments.logs)
     with tempfile.TemporaryDirectory() as folder:
         logs = arguments.logs or Path(folder)
         logs.mkdir(parents=True, exist_ok=True)

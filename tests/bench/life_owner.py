@@ -19,8 +19,8 @@ from tests.bench.life_talk import quantile
 from tests.bench.life_verdict import Verdict
 from tests.e2e.gateway import CHAT, Client
 
-TOKENS = 900
-"""A tenth of a second of prefill: more than enough to be worth a question."""
+TOKENS = 600
+"""67 ms of prefill: enough to be worth a question."""
 WARM_S = 3.0
 PAUSE_S = 0.03
 LATE_MAX = 9
@@ -41,13 +41,13 @@ class Asked:
 
 
 async def owner(place: Site, verdict: Verdict, seconds: float) -> None:
-    """Three nodes, one client each, all sessions new."""
+    """Three nodes that are asked in turn, one request at a time, all sessions new; then one of them hangs."""
     await place.start_engines()
     await place.start_nodes("abc")
     nodes = list(place.nodes.values())
     await _ask_all(nodes, WARM_S, 1)
     before = [await _waits(node) for node in nodes]
-    asked = await _ask_all(nodes, seconds, 2)
+    asked = await _ask_in_turn(nodes, seconds)
     after = [await _waits(node) for node in nodes]
     _judge_quiet(verdict, asked, before, after)
     await _hang(place, verdict)
@@ -73,6 +73,19 @@ async def _hang(place: Site, verdict: Verdict) -> None:
     verdict.must(again_s > 0, f"c decides for its sessions again {again_s:.1f} s after it goes on")
 
 
+async def _ask_in_turn(nodes: list[Node], seconds: float) -> list[Asked]:
+    """Nothing else goes on meanwhile, not even a look at a counter: who decided is in the receipt."""
+    found: list[Asked] = []
+    rng = Random(2)
+    clients = [Client(await trio.open_tcp_stream(node.host.address, node.port)) for node in nodes]
+    end_s = trio.current_time() + seconds
+    while trio.current_time() < end_s:
+        for client in clients:
+            found.append(await _ask_one(client, rng))
+            await trio.sleep(PAUSE_S)
+    return found
+
+
 async def _ask_all(nodes: list[Node], seconds: float, seed: int) -> list[Asked]:
     found: list[Asked] = []
     async with trio.open_nursery() as nursery:
@@ -87,19 +100,24 @@ async def _client(node: Node, seconds: float, rng: Random, found: list[Asked]) -
     end_s = trio.current_time() + seconds
     counts = await _counts(client)
     while trio.current_time() < end_s:
-        text = " ".join(rng.choices(WORDS, k=TOKENS))[: TOKENS * CHARS_PER_TOKEN]
-        body = {"model": "sim", "messages": [{"role": "user", "content": text}], "max_tokens": 1}
-        began_s = trio.current_time()
-        answer = await client.ask(CHAT, body, "x-smg-explain: 1")
-        took_s = trio.current_time() - began_s
-        assert answer.status == 200, answer
+        asked = await _ask_one(client, rng)
         now = await _counts(client)
-        what = next((name for name in now if now[name] > counts[name]), "own")
+        asked.what = next((name for name in now if now[name] > counts[name]), "own")
         counts = now
-        receipt = json.loads(answer["x-smg-explain"])
-        found.append(Asked(began_s, took_s, what, receipt.get("owner") or ""))
+        found.append(asked)
         await trio.sleep(PAUSE_S)
     await client.leave()
+
+
+async def _ask_one(client: Client, rng: Random) -> Asked:
+    text = " ".join(rng.choices(WORDS, k=TOKENS))[: TOKENS * CHARS_PER_TOKEN]
+    body = {"model": "sim", "messages": [{"role": "user", "content": text}], "max_tokens": 1}
+    began_s = trio.current_time()
+    answer = await client.ask(CHAT, body, "x-smg-explain: 1")
+    took_s = trio.current_time() - began_s
+    assert answer.status == 200, answer
+    receipt = json.loads(answer["x-smg-explain"])
+    return Asked(began_s, took_s, "followed" if receipt.get("owner") else "own", receipt.get("owner") or "")
 
 
 async def _counts(client: Client) -> dict[str, int]:
@@ -149,11 +167,9 @@ def _judge_quiet(
     )
     own = [each.took_s * 1000 for each in asked if each.what == "own"]
     followed = [each.took_s * 1000 for each in asked if each.what == "followed"]
-    others = [each.what for each in asked if each.what not in ("own", "followed")]
     verdict.must(
-        len(others) <= len(asked) / 100,
-        f"{len(others)} of {len(asked)} requests were not decided by their owner",
-        str(others),
+        len(followed) >= 0.99 * total and len(followed) > len(asked) / 3,
+        f"{len(followed)} of {len(asked)} requests were decided by another node",
     )
     verdict.note(
         f"whole request p50 {quantile(own, 0.5):.2f} ms, p99 {quantile(own, 0.99):.2f} ms where the node owns the session "
