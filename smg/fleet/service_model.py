@@ -213,6 +213,8 @@ class CacheCapacity:
     TOKENS_MIN = 4_096
     MISSES = 256
     """Answers in a row that had nothing cached where something was claimed: more than evictions explain."""
+    MISSES_OF_MANY = 32
+    """The same where another worker of the model was found to have none."""
     UNJUDGED = 1.5
     """Times the size told that may be claimed while no answer can say otherwise."""
 
@@ -226,10 +228,9 @@ class CacheCapacity:
         self._misses = 0
         self._since_s: float | None = None
 
-    @property
-    def is_absent(self) -> bool:
-        """Whether there seems to be no cache at all."""
-        return self._misses >= self.MISSES
+    def is_absent(self, is_one_of_many: bool) -> bool:
+        """Whether there seems to be no cache at all; `is_one_of_many`: another worker of the model has none."""
+        return self._misses >= (self.MISSES_OF_MANY if is_one_of_many else self.MISSES)
 
     def claimable(self) -> float:
         """Tokens that the index may claim for the worker."""

@@ -106,6 +106,7 @@ class CacheAware:
         self._blind_until_s = float("-inf")
         self._blind_count = 0
         self._is_blind = False
+        self._none_until_s = float("-inf")  # until then some worker at least is known to have no cache
         # Counted here and read when somebody scrapes (contract MET-9).
         self.prompt_chars = 0
         """Characters of routing text placed, four for each token where the client sent token ids."""
@@ -243,7 +244,7 @@ class CacheAware:
         account = self._prices.known(worker.id)
         if account is not None:
             account.sized_blocks = 0
-            account.no_cache_until_s = self._blind_until_s = float("-inf")
+            account.no_cache_until_s = self._blind_until_s = self._none_until_s = float("-inf")
 
     def terms(self, call: Call, workers: Sequence[Worker], now: float, rng: Random) -> list[Terms]:
         """What every candidate costs, by the arithmetic of `choose`; changes nothing."""
@@ -425,7 +426,7 @@ class CacheAware:
         self._index.forget(worker_id)
         account.capacity = None
         account.sized_blocks = 0
-        account.no_cache_until_s = now + NO_CACHE_S
+        account.no_cache_until_s = self._none_until_s = now + NO_CACHE_S
         accounts = self._prices.accounts
         self._blind_count = len(accounts)
         self._blind_until_s = min(other.no_cache_until_s for other in accounts.values())
@@ -465,10 +466,11 @@ class CacheAware:
             if capacity is None:
                 blocks = self._index.capacity_of(worker_id)
                 capacity = account.capacity = CacheCapacity(blocks * question.block_tokens)
-            if capacity.count(predicted, cached, now):
-                if capacity.is_absent:
-                    self._cacheless(worker_id, account, now)
-                    return
+            is_time = capacity.count(predicted, cached, now)
+            if not cached and capacity.is_absent(self._none_until_s > now):
+                self._cacheless(worker_id, account, now)
+                return
+            if is_time:
                 capacity.judge(self._index.blocks_of(worker_id) * question.block_tokens, now)
             blocks = int(capacity.tokens / question.block_tokens)
             if abs(blocks - account.sized_blocks) > blocks >> 6:

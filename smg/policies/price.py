@@ -182,16 +182,22 @@ class Prices:
                     prefill_s = price * fit.seconds(tokens - cached, cached)
                 in_flight = worker.in_flight + worker.peers_in_flight
                 wait = 0.0
-                if (
-                    account.open
-                    or account.has_others
-                    or (report is not None and report is not account.report)
-                ):
+                if account.has_others or (report is not None and report is not account.report):
                     wait = account.wait_s(worker, report, now, self.mean_s)
                     if report is not None and account.has_others:
                         everybodys = report.running + report.waiting + worker.sent_since_report
                         if everybodys > in_flight:
                             in_flight = everybodys
+                elif account.open:
+                    # `own_s`, where the oldest request is in its prefill: nearly always.
+                    for request in account.open.values():
+                        spent = now - (
+                            request.sent_s if request.sent_s > account.last_first_s else account.last_first_s
+                        )
+                        wait = (
+                            account.seconds - spent if 0.0 < spent < request.seconds else account.own_s(now)
+                        )
+                        break
                 if in_flight:
                     slower = 1.0 + SLOWDOWN * (in_flight if in_flight < SLOTS else SLOTS) / SLOTS
                     cost = (wait + prefill_s * slower) * worker.spec.cost
