@@ -185,18 +185,13 @@ class Prices:
                 if account.has_others or (report is not None and report is not account.report):
                     wait = account.wait_s(worker, report, now, self.mean_s)
                     if report is not None and account.has_others:
-                        everybodys = report.running + report.waiting + worker.sent_since_report
-                        if everybodys > in_flight:
-                            in_flight = everybodys
+                        in_flight = max(in_flight, report.running + report.waiting + worker.sent_since_report)
                 elif account.open:
                     # `own_s`, where the oldest request is in its prefill: nearly always.
                     for request in account.open.values():
-                        spent = now - (
-                            request.sent_s if request.sent_s > account.last_first_s else account.last_first_s
-                        )
-                        wait = (
-                            account.seconds - spent if 0.0 < spent < request.seconds else account.own_s(now)
-                        )
+                        since_s, wait = account.last_first_s, account.seconds
+                        spent = now - (request.sent_s if request.sent_s > since_s else since_s)
+                        wait = wait - spent if 0.0 < spent < request.seconds else account.own_s(now)
                         break
                 if in_flight:
                     slower = 1.0 + SLOWDOWN * (in_flight if in_flight < SLOTS else SLOTS) / SLOTS
