@@ -119,6 +119,8 @@ class Talks:
         self.asks: list[Ask] = []
         self.ended: deque[dict[str, Any]] = deque(maxlen=KEPT)
         """Last requests of conversations that are over."""
+        self.recent: deque[tuple[str, dict[str, Any]]] = deque(maxlen=KEPT)
+        """What was answered last: by which node, and the request."""
         self.open: set[int] = set()
         """Ports of the clients whose requests are in flight."""
         self.is_over = False
@@ -157,6 +159,8 @@ class Talks:
             ask = await self._ask(body)
             ask.cacheable = cacheable
             cacheable = ask.prompt
+            if not ask.problem:
+                self.recent.append((ask.node, {**body, "messages": [*messages]}))
             messages.append({"role": "assistant", "content": ask.text})
             ask.text = ""
         self.ended.append(body)
