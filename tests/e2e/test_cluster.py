@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import socket
 from pathlib import Path
 from random import Random
@@ -13,6 +14,7 @@ import trio
 import trustme
 
 from mesh.transport import NetTransport
+from smg.bridge.owner import REST_MIN_S
 from smg.fleet.worker import Status
 from tests.e2e.cluster import LOOPBACK, Cluster, cluster
 from tests.e2e.fake_worker import Gate, answers, fake_worker, fake_workers
@@ -533,8 +535,10 @@ class TestOwner:
             for _ in range(10):
                 await sent_to(client, prompt(rng, 24_000))
             counts = nodes.mesh("a").owners.counts
-            assert counts["late"] + counts["failed"] <= 2
-            assert trio.current_time() - started_s < 2.0
+            lasted_s = trio.current_time() - started_s
+            # Two questions in a row, then rests that double; a slow machine sees one or two of them pass.
+            assert counts["late"] + counts["failed"] <= 2 + math.log2(1 + lasted_s / REST_MIN_S)
+            assert lasted_s < 2.0
             nodes.network.heal()
 
     async def test_it_can_be_switched_off(self) -> None:
