@@ -329,6 +329,21 @@ def _iptables(space: str, *rule: str) -> None:
 async def _cut_outside(seconds: float, logs: Path | None) -> int:
     """Makes the network, and plays inside it: clients, balancer and engines on a host of their own."""
     remove_leftovers()
+    code = 1
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_cancel_by_signal, nursery.cancel_scope)
+        code = await _cut_in_lab(seconds, logs)
+        nursery.cancel_scope.cancel()
+    return code
+
+
+async def _cancel_by_signal(scope: trio.CancelScope) -> None:
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async for _ in signals:
+            scope.cancel()
+
+
+async def _cut_in_lab(seconds: float, logs: Path | None) -> int:
     async with lab() as net:
         spaces = [net.space(net.add_host()) for _ in ALL]
         hub = net.add_host()
@@ -435,20 +450,14 @@ async def _play(arguments: argparse.Namespace, folder: Path) -> int:
     verdict = Verdict()
     hub = arguments.inside[0] if arguments.inside else "127.0.0.1"
     async with trio.open_nursery() as nursery:
-
-        async def watch() -> None:
-            with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-                async for _ in signals:
-                    verdict.must(False, "ended by a signal")
-                    nursery.cancel_scope.cancel()
-
-        nursery.start_soon(watch)
+        nursery.start_soon(_cancel_by_signal, nursery.cancel_scope)
         async with site(folder, hub) as place:
             if arguments.inside:
                 await cut(place, verdict, arguments.seconds or CUT_SECONDS, arguments.inside[1:], hub)
             else:
                 seconds, play = PLAYS[arguments.play]
                 await play(place, verdict, arguments.seconds or seconds)
+        verdict.is_over = True
         nursery.cancel_scope.cancel()
     return verdict.code()
 

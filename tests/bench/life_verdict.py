@@ -8,6 +8,8 @@ class Verdict:
 
     def __init__(self) -> None:
         self.faults: list[str] = []
+        self.is_over = False
+        """The play came to its end."""
 
     def note(self, text: str) -> None:
         """A figure without a bound."""
@@ -23,5 +25,7 @@ class Verdict:
 
     def code(self) -> int:
         """Of the process."""
+        if not self.is_over:
+            self.faults.append("the play was ended before its end")
         print(f"{len(self.faults)} out of bounds" if self.faults else "all within bounds", flush=True)
         return 1 if self.faults else 0
