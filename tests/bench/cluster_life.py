@@ -369,9 +369,9 @@ async def _run_inside(net: Lab, hub: int, words: Sequence[str]) -> int:
 
 
 async def soak(place: Site, verdict: Verdict, seconds: float) -> None:
-    """Steady load of new conversations; the index of each node is small enough to be full before half of the time."""
+    """Steady load of new conversations; engines and indexes are full after the first half minute and forget as they learn."""
     await place.start_engines()
-    await place.start_nodes("abc", "--max-tree-size", "2097152")
+    await place.start_nodes("abc")
     rss: dict[str, list[int]] = {name: [] for name in ALL}
     lags: list[float] = []
     async with trio.open_nursery() as nursery:
