@@ -283,25 +283,30 @@ async def _judge_heal(
     verdict.note(f"all see all alive {trio.current_time() - heal_s:.2f} s after healing")
     agreed_s = await _agreed(place, heal_s)
     verdict.must(agreed_s <= 10.0, f"digests of all three agree {agreed_s:.2f} s after healing, under load")
-    share = 0.0
+    share = first = 0.0
     with trio.move_on_after(10.0):
         while share < WARM_SHARE:
-            here = there = 0
-            for side, bodies in placed.items():
-                for body in bodies:
-                    depths = {
-                        node.name: max((await matched_blocks(node, body))[0].values()) for node in nodes
-                    }
-                    known = max(depth for name, depth in depths.items() if name in side)
-                    there += known
-                    here += min(known, *(depth for name, depth in depths.items() if name not in side))
-            share = here / max(1, there)
+            share = await _known_beyond(nodes, placed)
+            first = first or share
     took_s = trio.current_time() - heal_s
     count = sum(map(len, placed.values()))
     verdict.must(
         share >= WARM_SHARE and took_s <= 10.0,
-        f"each side knows {share:.1%} of the blocks of the other side's last {count} prompts {took_s:.2f} s after healing",
+        f"each side knows {first:.1%} of the blocks of the other side's last {count} prompts then, {share:.1%} "
+        f"{took_s:.2f} s after healing",
     )
+
+
+async def _known_beyond(nodes: list[Node], placed: dict[str, list[dict[str, object]]]) -> float:
+    """The share of the blocks of these prompts, as the side knows them that placed them, that the other side knows too."""
+    here = there = 0
+    for side, bodies in placed.items():
+        for body in bodies:
+            depths = {node.name: max((await matched_blocks(node, body))[0].values()) for node in nodes}
+            known = max(depth for name, depth in depths.items() if name in side)
+            there += known
+            here += min(known, *(depth for name, depth in depths.items() if name not in side))
+    return here / max(1, there)
 
 
 async def _agreed(place: Site, since_s: float) -> float:
