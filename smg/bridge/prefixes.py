@@ -1,6 +1,6 @@
 """Placements of prompts, told to the peers as hashes, and theirs taken in (docs/routing.md 4.2).
 
-Owns the stream of this node's placements (sent at once after a pause, then ten times a second), the counters of trunk blocks,
+Owns the stream of this node's placements (sent at once while they are few, else ten times a second), the counters of trunk blocks,
 and the repair of what was lost: snapshots that the mesh brings are taken in here, and a placement whose beginning is not
 known makes us ask for that one chain. It must never tell a text, and never wait for a peer.
 """
@@ -24,8 +24,11 @@ from smg.policies.policy import Policy
 from smg.policies.sticky_key import StickyKey, inner_of
 
 PREFIX = "prefix"
-FLUSH_S = 0.1
-"""Rhythm of placements; the first one after a pause goes at once."""
+FLUSHES_PER_S = 10.0
+"""Rhythm of placements: what waits is told so often at least, and above this rate together."""
+FLUSHES_MAX = 5.0
+"""Deltas that may go at once, each with its one placement, before the rhythm begins: at ten requests a second and node
+nearly all do, and peers know 50 ms earlier, which is worth 5 to 10 % of the mean time to first token there."""
 BATCH_BLOCKS_MAX = 4_000
 """Blocks in one delta, about 32 KB."""
 WAITING_MAX = 4_096
@@ -79,6 +82,7 @@ class SharedPrefixes:
         self._waiting: list[tuple[str, News, float, int]] = []
         self._waiting_blocks = 0
         self._flushed_s = float("-inf")
+        self._flushes = FLUSHES_MAX  # how many may go at once, at `_flushed_s`
         self._trunk_told: dict[int, int] = {}
         self._trunk_due_s = 0.0
         self._heard_on: dict[bytes, float] = {}  # worker reference → when a placement there was heard last
@@ -102,7 +106,7 @@ class SharedPrefixes:
         self._waiting.append((model, news, now, self._asker))
         self._waiting_blocks += len(news.placement.hashes)
         if (
-            now - self._flushed_s >= FLUSH_S
+            self._flushes + (now - self._flushed_s) * FLUSHES_PER_S >= 1.0
             or self._waiting_blocks >= BATCH_BLOCKS_MAX
             or len(self._waiting) >= WAITING_MAX
         ):
@@ -110,6 +114,9 @@ class SharedPrefixes:
 
     def flush(self, now: float) -> None:
         """Tell what waits."""
+        self._flushes = max(
+            0.0, min(FLUSHES_MAX, self._flushes + (now - self._flushed_s) * FLUSHES_PER_S) - 1.0
+        )
         self._flushed_s = now
         waiting, self._waiting, self._waiting_blocks = self._waiting, [], 0
         items: list[Placed] = []
@@ -129,7 +136,7 @@ class SharedPrefixes:
 
     def step(self, now: float) -> None:
         """Ten times a second."""
-        if self._waiting and now - self._flushed_s >= FLUSH_S:
+        if self._waiting and (now - self._flushed_s) * FLUSHES_PER_S >= 1.0:
             self.flush(now)
         for ref, heard_s in list(self._heard_on.items()):
             if now - heard_s >= DONE_S:

@@ -22,6 +22,11 @@ RECENT_MAX = 64
 """Placements on a worker remembered with their seconds: they tell what a report's waiting requests cost."""
 LATE_NEWS = 4
 """Placements of a worker that may not have been heard of yet, when its queue is matched with what was heard."""
+SILENT_S = 60.0
+"""How long an engine that told of no queue where there was one is not believed to have none: some count requests that
+wait for their prefill as running, some work at several prefills at once. What was placed there then counts in full."""
+ON_THE_WAY_S = 0.05
+"""A request sent so shortly before a report may not have reached the engine when it told."""
 ATTENTION_MAX = 4.0
 """Bound of how much longer than its tokens alone a queue may take."""
 SLOTS = 64
@@ -47,6 +52,8 @@ class Open(msgspec.Struct, gc=False, eq=False):
     """Whether its time to first byte, or the gap to the one before, will be its own prefill."""
     is_queued: bool = False
     """Whether it waited for one of ours."""
+    is_bound: bool = False
+    """Whether `observed_s` is only the most that its prefill can have taken."""
     observed_s: float | None = None
     """Seconds its prefill took, when that could be seen."""
     slowdown: float = 1.0
@@ -72,6 +79,7 @@ class Account:
         "open",
         "report",
         "seconds",
+        "silent_until_s",
         "sized_blocks",
     )
 
@@ -82,6 +90,8 @@ class Account:
         self.capacity: CacheCapacity | None = None
         self.no_cache_until_s = float("-inf")
         """Until then the worker is taken to have no prefix cache."""
+        self.silent_until_s = float("-inf")
+        """Until then a report without waiting requests does not tell that there are none."""
         self.open: dict[object, Open] = {}
         self.seconds = 0.0  # invariant: the sum over `open`
         self.last_first_s = float("-inf")
@@ -143,14 +153,29 @@ class Account:
         if self.has_others:
             recent = [seconds for sent_s, seconds in self._recent if sent_s <= report.at_s]
             self._queued_s = self._queue_s(report, recent, mean_s) if waiting else 0.0
+            current = max(self.level_s(report.at_s) - self._queued_s, 0.0)
+            if not waiting and self._are_two_in_prefill(report.at_s):
+                self.silent_until_s = report.at_s + SILENT_S
             # One request is in prefill, most likely the one sent before those that wait; news may be missing.
             in_front = max(recent[-waiting - 1 - LATE_NEWS :], default=mean_s)
-            current = min(max(self.level_s(report.at_s) - self._queued_s, 0.0), in_front)
+            if self.silent_until_s <= report.at_s:
+                current = min(current, in_front)
             if waiting and not current:
                 current = 0.5 * mean_s
             level = max(own, self._queued_s + current)
         self._reported_s = self._level_s = level
         self._level_at_s = report.at_s
+
+    def _are_two_in_prefill(self, at_s: float) -> bool:
+        """Whether two streams of ours had been sent well before `at_s` and still waited for their first bytes."""
+        count = 0
+        for request in self.open.values():
+            if request.sent_s > at_s - ON_THE_WAY_S:
+                break
+            count += request.is_stream
+            if count == 2:
+                return True
+        return False
 
     def _queue_s(self, report: LoadReport, recent: list[float], mean_s: float) -> float:
         """Seconds of the requests that a report tells to be waiting."""
@@ -211,6 +236,12 @@ class Account:
         if request.is_clean and (not self.open or request.sent_s <= next(iter(self.open.values())).sent_s):
             request.is_queued = self.last_first_s > request.sent_s
             request.observed_s = now - max(request.sent_s, self.last_first_s)
+            request.slowdown = slower
+        elif now - request.sent_s < request.seconds:
+            # Whatever it waited for, its prefill was no longer than this, and that is less than we thought. Where peers
+            # send too, a fit that is much too slow sees no other lesson: by it nobody's work is ever done.
+            request.is_bound = True
+            request.observed_s = now - request.sent_s
             request.slowdown = slower
         self._drop(request)
         self.last_first_s = max(self.last_first_s, now)

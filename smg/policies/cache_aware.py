@@ -229,9 +229,9 @@ class CacheAware:
             prices.decode_s += 0.05 * (max(0.0, decode_s) - prices.decode_s)
         if outcome.prompt_tokens:
             self._learn(worker_id, account, request, outcome, now)
-        elif request.observed_s is not None and not request.predicted_tokens:
-            # The client asked for no usage. Where nothing could be cached, time and our own count of tokens teach too.
-            self._learn_pace(account, request, request.question.tokens, 0)
+        elif request.observed_s is not None and _is_mostly_new(request, request.question.tokens):
+            # The client asked for no usage. Where little can be cached, time and our own count of tokens teach too.
+            self._learn_pace(account, request, request.question.tokens, request.predicted_tokens)
 
     def removed(self, worker: Worker) -> None:
         """The worker left: it owns nothing, and its account is closed."""
@@ -444,6 +444,8 @@ class CacheAware:
         assert request.observed_s is not None
         if request.observed_s > OBSERVE_S:
             seconds = request.observed_s / request.slowdown
+            if request.is_bound and seconds >= account.fit.seconds(prompt - had, had):
+                return  # by what was cached in truth, it tells nothing
             account.fit.observe(prompt - had, had, seconds, request.is_queued)
 
     def _learn(self, worker_id: str, account: Account, request: Open, outcome: Outcome, now: float) -> None:
@@ -454,9 +456,10 @@ class CacheAware:
         if chars:
             self._length.observe(chars, prompt)
         predicted = request.predicted_tokens
-        # An engine that does not tell what it had cached teaches only where nothing could be.
-        if request.observed_s is not None and (cached is not None or not predicted):
-            self._learn_pace(account, request, prompt, min(cached, prompt - 1) if cached is not None else 0)
+        # An engine that does not tell what it had cached teaches only where it cannot be much.
+        if request.observed_s is not None and (cached is not None or _is_mostly_new(request, prompt)):
+            had = min(cached if cached is not None else predicted, prompt - 1)
+            self._learn_pace(account, request, prompt, had)
         if cached is None:
             return
         self.predicted_tokens += predicted
@@ -479,3 +482,8 @@ class CacheAware:
             # Nobody had told us of this session, and it went to its first home: had a peer chosen that before?
             share = (cached - predicted) / (request.home_blocks * question.block_tokens)
             prices.home_share += HOME_RATE * (min(max(share, 0.0), 1.0) - prices.home_share)
+
+
+def _is_mostly_new(request: Open, prompt: int) -> bool:
+    """Whether at most a quarter of the prompt is believed to be cached: then the belief may be wrong, the lesson is not."""
+    return 4 * request.predicted_tokens <= prompt

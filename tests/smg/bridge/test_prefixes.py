@@ -12,7 +12,7 @@ from mesh.namespace import Restored
 from smg.bridge import words
 from smg.bridge.chains import CHUNK_BLOCKS, Chains, runs_of
 from smg.bridge.loads import LOAD
-from smg.bridge.prefixes import BATCH_BLOCKS_MAX, FLUSH_S, PREFIX, SharedPrefixes
+from smg.bridge.prefixes import BATCH_BLOCKS_MAX, FLUSHES_MAX, FLUSHES_PER_S, PREFIX, SharedPrefixes
 from smg.fleet import load
 from smg.fleet.block_hashes import ROOT
 from smg.fleet.prefix_index import IndexSettings, Placement, PrefixIndex
@@ -77,20 +77,24 @@ def pair(**options: int) -> tuple[Wire, Node, Node]:
     return wire, nodes["a"], nodes["b"]
 
 
-async def test_a_placement_is_told_at_once_after_a_pause_and_then_in_a_rhythm(autojump_clock):
+async def test_few_placements_are_told_at_once_and_many_in_a_rhythm(autojump_clock):
     wire, a, b = pair()
-    a.place([1, 2, 3])
-    wire.run()
-    assert b.depth([1, 2, 3]) == 3
+    rhythm_s = 1.0 / FLUSHES_PER_S
+    at_once = int(FLUSHES_MAX)
+    for number in range(at_once):
+        a.place([100 + number])
+        wire.run()
+        assert b.depth([100 + number]) == 1
     a.place([1, 2, 3, 4], seconds=0.1)
+    a.place([1, 2, 3, 4, 5], seconds=0.1)
     wire.run()
-    assert b.depth([1, 2, 3, 4]) == 3  # it waits for its turn
-    await trio.sleep(FLUSH_S)
+    assert b.depth([1, 2, 3, 4, 5]) == 0  # they wait for their turn
+    await trio.sleep(rhythm_s)
     a.prefixes.step(trio.current_time())
     wire.run()
-    assert b.depth([1, 2, 3, 4]) == 4
-    assert b.peers.timings == [0.0, pytest.approx(FLUSH_S, abs=0.002)]
-    assert (a.prefixes.told, b.prefixes.heard) == (2, 2)
+    assert b.depth([1, 2, 3, 4, 5]) == 5
+    assert b.peers.timings == [0.0] * at_once + [pytest.approx(rhythm_s, abs=0.002)]
+    assert (a.prefixes.told, b.prefixes.heard) == (at_once + 2, at_once + 2)
 
 
 async def test_heard_placements_count_in_the_account_of_the_worker(autojump_clock):

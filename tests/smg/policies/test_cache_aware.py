@@ -176,6 +176,20 @@ def test_the_pace_is_learned_also_from_answers_that_tell_no_usage():
     assert fit.seconds(10_000, 0) == pytest.approx(0.05, rel=0.2) != before
 
 
+def test_a_fit_that_is_much_too_slow_is_corrected_also_where_peers_never_leave_a_worker_idle():
+    site = Site(workers_of(1))
+    worker = site.workers[0]
+    fit = site.policy._fits.get("m")
+    before = fit.seconds(10_000, 0)
+    for seed in range(60):
+        sent = site.send(text_of(seed, 80))
+        site.policy._prices.account(worker).peer_placed(
+            before, site.now
+        )  # by this fit, there is always something left
+        site.answer(*sent, after_s=0.05)
+    assert fit.seconds(10_000, 0) < 0.2 * before
+
+
 def test_an_answer_without_usage_teaches_nothing_where_something_may_have_been_cached():
     site = Site(workers_of(1))
     history = text_of(1, 80)
