@@ -88,6 +88,7 @@ class SharedPrefixes:
         self._heard_on: dict[bytes, float] = {}  # worker reference → when a placement there was heard last
         self._missing: dict[str, dict[bytes, int]] = {}  # peer → worker reference + block → block
         self._tails: list[tuple[str, int]] = []
+        self._read: dict[tuple[str, str], int] = {}  # (teller, worker) → blocks of its snapshot so far
         self._touches: list[tuple[str, int]] = []
         self._is_hearing = False
         self._asker = 0
@@ -267,16 +268,18 @@ class SharedPrefixes:
         self.garbage += unknown
         if change.is_first:
             self._tails.clear()
+            self._end_reading(change.owner)
             for item in items:
                 if type(item) is Basis:
                     self._chains.begin(change.owner, item, change.key)
         if self._peers.hashes_meet(change.owner):
             for item in items:
                 if type(item) is Run:
-                    self._run(item)
+                    self._run(item, change.owner)
                 elif type(item) is Trunk:
                     self._take(change.owner, [item], now)
         if change.is_last:
+            self._end_reading(change.owner)
             self._order_tails()
 
     def warmed(self, page: bytes) -> bool:
@@ -285,8 +288,9 @@ class SharedPrefixes:
         self.garbage += unknown
         for item in items:
             if type(item) is Run:
-                self._run(item)
+                self._run(item, "")
         if not items:
+            self._end_reading("")
             self._order_tails()
         return bool(items)
 
@@ -296,7 +300,10 @@ class SharedPrefixes:
         self._touches += reversed(self._tails[: max(0, room)])
         self._tails = []
 
-    def _run(self, item: Run) -> None:
+    def _end_reading(self, teller: str) -> None:
+        self._read = {key: blocks for key, blocks in self._read.items() if key[0] != teller}
+
+    def _run(self, item: Run, teller: str) -> None:
         worker = self._worker_of(item.ref)
         if worker is None:
             self.unknown += 1
@@ -306,8 +313,13 @@ class SharedPrefixes:
             hashes = words.unpack_hashes(packed)
             if not hashes:
                 continue
-            if index.blocks_of(worker.id) + len(hashes) > index.capacity_of(worker.id):
-                continue  # full: what comes now is older than what is there
+            capacity = index.capacity_of(worker.id)
+            read = self._read.get((teller, worker.id), 0) + len(hashes)
+            if index.blocks_of(worker.id) + len(hashes) > capacity and read > capacity // 2:
+                # Full. After a cut both sides hold what the other lacks, and neither knows when the other's was used: the newest
+                # half of each is kept. On a node that began empty all that comes now is older than what is there.
+                continue
+            self._read[(teller, worker.id)] = read
             if index.apply(Placement(worker.id, parent, hashes)) and len(self._tails) < TAILS_MAX:
                 self._tails.append((worker.id, hashes[-1]))
 

@@ -282,6 +282,25 @@ async def test_a_snapshot_stops_where_the_reader_is_full(autojump_clock):
     assert b.depth([1 + step for step in range(20)]) == 0
 
 
+async def test_a_full_reader_takes_the_newest_half_of_a_snapshot_and_keeps_its_own_newest(autojump_clock):
+    # As after a long cut: both sides are full, each of what the other lacks.
+    _, a, b = pair()
+    for node in (a, b):
+        node.index.set_capacity(node.workers[0].id, 200)
+    for number in range(10):
+        a.place([number * 100 + step for step in range(1, 21)])
+        b.place([50_000 + number * 100 + step for step in range(1, 21)])
+    chunks = list(a.chains.snapshot("a", None))
+    for place, chunk in enumerate(chunks):
+        is_last = place == len(chunks) - 1
+        b.prefixes.on_change(Restored(PREFIX, "a", None, chunk, place == 0, is_last), 0.0)
+    theirs = [b.depth([number * 100 + step for step in range(1, 21)]) for number in range(10)]
+    ours = [b.depth([50_000 + number * 100 + step for step in range(1, 21)]) for number in range(10)]
+    assert theirs == [0] * 5 + [20] * 5
+    assert ours == [0] * 5 + [20] * 5
+    assert not b.prefixes._read
+
+
 def test_runs_say_the_same_as_the_pairs_they_are_made_of():
     index = PrefixIndex()
     for number in range(5):
