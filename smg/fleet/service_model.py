@@ -211,7 +211,7 @@ class CacheCapacity:
     TOLERANCE = 0.1
     """Share of predicted tokens that may be missing: blocks differ, and what waits in a queue may be evicted meanwhile."""
     TOKENS_MIN = 4_096
-    MISSES = 256
+    MISSES = 128
     """Answers in a row that had nothing cached where something was claimed: more than evictions explain."""
     MISSES_OF_MANY = 32
     """The same where another worker of the model was found to have none."""
