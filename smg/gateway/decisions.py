@@ -20,7 +20,7 @@ from smg.api.call import Call
 from smg.fleet.worker import Worker
 from smg.gateway.receipts import Watched
 from smg.gateway.tallies import Lane, PairLane
-from smg.policies.policy import Outcome, Policy, Terms
+from smg.policies.policy import Around, Policy
 
 KEPT_MAX = 50
 """More than fits on a screen."""
@@ -108,14 +108,11 @@ class Decisions:
         )
 
 
-class _Noted:
+class _Noted(Around):
     """A policy of which a sample of decisions is noted."""
 
     def __init__(self, inner: Policy, decisions: Decisions, model: str, endpoint: str, leg: str) -> None:
-        self.inner = inner
-        self.name = inner.name
-        self.wants = inner.wants
-        self.is_random = inner.is_random
+        super().__init__(inner)
         self._decisions = decisions
         self._model = model
         self._endpoint = endpoint
@@ -138,23 +135,3 @@ class _Noted:
         is_noted = self._watched.has_decided or (not self._has_passed and self._decisions.may_note(now))
         self._has_passed = False
         (self._watched if is_noted else self.inner).placed(call, worker, now)
-
-    def first_byte(self, call: Call, worker: Worker, ttft_s: float, now: float) -> None:
-        """As `inner` does."""
-        self.inner.first_byte(call, worker, ttft_s, now)
-
-    def finished(self, call: Call, worker: Worker, outcome: Outcome, now: float) -> None:
-        """As `inner` does."""
-        self.inner.finished(call, worker, outcome, now)
-
-    def removed(self, worker: Worker) -> None:
-        """As `inner` does."""
-        self.inner.removed(worker)
-
-    def flushed(self, worker: Worker) -> None:
-        """As `inner` does."""
-        self.inner.flushed(worker)
-
-    def terms(self, call: Call, workers: Sequence[Worker], now: float, rng: Random) -> list[Terms]:
-        """As `inner` does."""
-        return self.inner.terms(call, workers, now, rng)

@@ -21,7 +21,7 @@ from smg.api.call import Call
 from smg.fleet.worker import Worker
 from smg.gateway.tallies import Lane, PairLane
 from smg.net.exchange import Exchange
-from smg.policies.policy import Outcome, Policy, Terms
+from smg.policies.policy import Around, Policy, Terms
 from smg.policies.sticky_key import inner_of, obeys_key
 
 HEADER = b"x-smg-explain"
@@ -81,7 +81,7 @@ class _Writer:
             self._exchange.extra_lines = b"%b%b: %b\r\n" % (self._others, HEADER, value)
 
 
-class Watched:
+class Watched(Around):
     """A policy, and what it decided for one call, told to `teller` when the call is placed.
 
     Between `choose` and `placed` of a call no other call comes (dispatch waits for nothing there), so that one of these may
@@ -89,14 +89,11 @@ class Watched:
     """
 
     def __init__(self, inner: Policy, teller: Teller, leg: str) -> None:
-        self.inner = inner
+        super().__init__(inner)
         self._teller = teller
         self._leg = leg
         self._decided: tuple[Worker, Terms | None, str] | None = None
         self._owner: str | None = None
-        self.name = inner.name
-        self.wants = inner.wants
-        self.is_random = inner.is_random
 
     @property
     def has_decided(self) -> bool:
@@ -148,26 +145,6 @@ class Watched:
             parts = {"wait": terms.wait, "prefill": terms.prefill, "penalty": terms.penalty}
             receipt["terms"] = {name: _rounded(part) for name, part in parts.items() if part is not None}
         self._teller.write(self._leg, receipt)
-
-    def first_byte(self, call: Call, worker: Worker, ttft_s: float, now: float) -> None:
-        """As `inner` does."""
-        self.inner.first_byte(call, worker, ttft_s, now)
-
-    def finished(self, call: Call, worker: Worker, outcome: Outcome, now: float) -> None:
-        """As `inner` does."""
-        self.inner.finished(call, worker, outcome, now)
-
-    def removed(self, worker: Worker) -> None:
-        """As `inner` does."""
-        self.inner.removed(worker)
-
-    def flushed(self, worker: Worker) -> None:
-        """As `inner` does."""
-        self.inner.flushed(worker)
-
-    def terms(self, call: Call, workers: Sequence[Worker], now: float, rng: Random) -> list[Terms]:
-        """As `inner` does."""
-        return self.inner.terms(call, workers, now, rng)
 
 
 def decided_by(policy: Policy, call: Call) -> str:

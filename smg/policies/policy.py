@@ -134,3 +134,41 @@ class Stateless:
     def terms(self, call: Call, workers: Sequence[Worker], now: float, rng: Random) -> list[Terms]:
         """No cost in seconds: one row per candidate without numbers."""
         return [Terms(worker.id) for worker in workers]
+
+
+class Around:
+    """A policy around another one: whoever inherits it writes only the verbs in which it is not `inner`."""
+
+    def __init__(self, inner: Policy) -> None:
+        self.inner = inner
+        self.name = inner.name
+        self.wants = inner.wants
+        self.is_random = inner.is_random
+
+    def choose(self, call: Call, workers: Sequence[Worker], now: float, rng: Random) -> Worker | None:
+        """As `inner` does."""
+        return self.inner.choose(call, workers, now, rng)
+
+    def placed(self, call: Call, worker: Worker, now: float) -> None:
+        """As `inner` does."""
+        self.inner.placed(call, worker, now)
+
+    def first_byte(self, call: Call, worker: Worker, ttft_s: float, now: float) -> None:
+        """As `inner` does."""
+        self.inner.first_byte(call, worker, ttft_s, now)
+
+    def finished(self, call: Call, worker: Worker, outcome: Outcome, now: float) -> None:
+        """As `inner` does."""
+        self.inner.finished(call, worker, outcome, now)
+
+    def removed(self, worker: Worker) -> None:
+        """As `inner` does."""
+        self.inner.removed(worker)
+
+    def flushed(self, worker: Worker) -> None:
+        """As `inner` does."""
+        self.inner.flushed(worker)
+
+    def terms(self, call: Call, workers: Sequence[Worker], now: float, rng: Random) -> list[Terms]:
+        """As `inner` does."""
+        return self.inner.terms(call, workers, now, rng)

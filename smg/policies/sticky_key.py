@@ -12,7 +12,7 @@ from random import Random
 from smg.api.call import Call
 from smg.fleet.worker import Worker
 from smg.policies.candidates import ById
-from smg.policies.policy import Outcome, Policy, Terms, Wants
+from smg.policies.policy import Around, Policy, Wants
 from smg.policies.shared_keys import OWN_KEYS, SharedKeys
 from smg.policies.sticky_map import StickyMap
 
@@ -20,14 +20,12 @@ KEYED = frozenset({"manual", "consistent_hashing", "prefix_hash"})
 """Policies that read routing keys by themselves (RT-5)."""
 
 
-class StickyKey:
+class StickyKey(Around):
     """`inner`, with keys that stick; it answers to the name of `inner`."""
 
     def __init__(self, inner: Policy, idle_max_s: float, shared: SharedKeys = OWN_KEYS) -> None:
-        self.inner = inner
-        self.name = inner.name
+        super().__init__(inner)
         self.wants = inner.wants | Wants.KEY
-        self.is_random = inner.is_random
         self._map = StickyMap(idle_max_s, shared)
         self._by_id = ById()
 
@@ -51,14 +49,6 @@ class StickyKey:
             self._map.place(call.routing_key, worker, now)
         self.inner.placed(call, worker, now)
 
-    def first_byte(self, call: Call, worker: Worker, ttft_s: float, now: float) -> None:
-        """As `inner` does."""
-        self.inner.first_byte(call, worker, ttft_s, now)
-
-    def finished(self, call: Call, worker: Worker, outcome: Outcome, now: float) -> None:
-        """As `inner` does."""
-        self.inner.finished(call, worker, outcome, now)
-
     def heard_key(self, position: int, worker: Worker, now: float) -> None:
         """Another node has put this key onto `worker`."""
         self._map.heard(position, worker, now)
@@ -67,14 +57,6 @@ class StickyKey:
         """Its keys are homeless."""
         self._map.forget(worker)
         self.inner.removed(worker)
-
-    def flushed(self, worker: Worker) -> None:
-        """As `inner` does; keys stay."""
-        self.inner.flushed(worker)
-
-    def terms(self, call: Call, workers: Sequence[Worker], now: float, rng: Random) -> list[Terms]:
-        """The costs of `inner`."""
-        return self.inner.terms(call, workers, now, rng)
 
 
 def inner_of(policy: Policy) -> Policy:

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import msgspec
@@ -22,7 +20,7 @@ from smg.api.call import Call
 from smg.errors import SettingsError
 from smg.fleet.block_hashes import BlockHasher
 from smg.fleet.worker import Kind, Worker
-from smg.policies.policy import Outcome, Policy, Terms
+from smg.policies.policy import Around, Outcome, Policy
 from smg.services.asking import Log
 
 QUEUE_LINES = 8_192
@@ -175,30 +173,15 @@ class TraceRecorder:
             self._log.warn("the trace is not recorded", path=str(self._path), reason=reason)
 
 
-class Recorded:
+class Recorded(Around):
     """A policy whose answered calls are recorded; in all else it is `inner`. It exists only while somebody records."""
 
     def __init__(self, inner: Policy, recorder: TraceRecorder) -> None:
-        self.inner = inner
-        self.name = inner.name
-        self.wants = inner.wants
-        self.is_random = inner.is_random
+        super().__init__(inner)
         self._recorder = recorder
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)  # what only one kind of policy has: branches, entries
-
-    def choose(self, call: Call, workers: Sequence[Worker], now: float, rng: Random) -> Worker | None:
-        """As `inner` does."""
-        return self.inner.choose(call, workers, now, rng)
-
-    def placed(self, call: Call, worker: Worker, now: float) -> None:
-        """As `inner` does."""
-        self.inner.placed(call, worker, now)
-
-    def first_byte(self, call: Call, worker: Worker, ttft_s: float, now: float) -> None:
-        """As `inner` does."""
-        self.inner.first_byte(call, worker, ttft_s, now)
 
     def finished(self, call: Call, worker: Worker, outcome: Outcome, now: float) -> None:
         """As `inner` does; an answer is recorded once, whatever it took to get it."""
@@ -212,15 +195,3 @@ class Recorded:
                 outcome.completion_tokens,
                 outcome.cached_tokens,
             )
-
-    def removed(self, worker: Worker) -> None:
-        """As `inner` does."""
-        self.inner.removed(worker)
-
-    def flushed(self, worker: Worker) -> None:
-        """As `inner` does."""
-        self.inner.flushed(worker)
-
-    def terms(self, call: Call, workers: Sequence[Worker], now: float, rng: Random) -> list[Terms]:
-        """As `inner` does."""
-        return self.inner.terms(call, workers, now, rng)
