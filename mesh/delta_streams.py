@@ -10,6 +10,7 @@ rings of all origins and passes on what is new to it.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 from mesh.digest import Row, Source, sealed_fingerprint
 from mesh.errors import BoundError, DecodeError
@@ -168,7 +169,7 @@ class DeltaStreams:
                 if row.have < have and (log is self._own or self.home.is_relay):
                     link.add_pending(source)
                 elif row.have == have and row.owner == link.peer and row.keys and self.source is not None:
-                    self.home.when_told(lambda row=row: self._check(row))  # type: ignore[misc]
+                    self.home.when_told(partial(self._check, row))
         for source, log in self.logs.items():
             if source not in listed and log.have and (log is self._own or self.home.is_relay):
                 link.cursors.pop(source, None)

@@ -12,6 +12,7 @@ applied only when it leaves no hole, so a vector of versions says all that a nod
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 
 from mesh.digest import Position, Row, Source, compare, sealed_fingerprint
 from mesh.errors import BoundError
@@ -36,7 +37,7 @@ def check_sizes(key: bytes, value: bytes | None) -> None:
         raise BoundError(f"a value has at most {VALUE_BYTES_MAX} bytes")
 
 
-class OwnerMaps:
+class OwnerMaps(ABC):
     """Base of the three rules over owner logs. See the module."""
 
     kind: Kind
@@ -63,9 +64,9 @@ class OwnerMaps:
 
     # ---- what the rules decide --------------------------------------------------------------------------
 
+    @abstractmethod
     def changed(self, log: OwnerLog, key: bytes, old: bytes | None, new: bytes | None) -> None:
         """A key of another node's log has another value now (None: not there)."""
-        raise NotImplementedError
 
     def make_room(self, log: OwnerLog, growth: int, now: float) -> bool:
         """Drop something so that `growth` more bytes fit; False: refuse the entry."""
@@ -75,9 +76,9 @@ class OwnerMaps:
         """May this entry of a peer be stored at all?"""
         return True
 
+    @abstractmethod
     def life_begins(self, old: OwnerLog, now: float) -> None:
         """A newer life of this log's owner was seen."""
-        raise NotImplementedError
 
     def log_ends(self, log: OwnerLog) -> None:
         """The log is dropped: its owner left, or was forgotten."""

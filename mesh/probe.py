@@ -10,6 +10,7 @@ during which our own loop was late proves nothing and is void.
 
 from __future__ import annotations
 
+from functools import partial
 from random import Random
 
 from mesh.awareness import Awareness
@@ -143,7 +144,7 @@ class Detector:
             self._end(probe)
             if probe.has_eof and probe.member.name not in self._again:
                 self._again.add(probe.member.name)
-                self._timers.at(now, lambda later, probe=probe: self._ask_again(probe, later))  # type: ignore[misc]
+                self._timers.at(now, partial(self._ask_again, probe))
 
     def _ask_again(self, probe: _Round, now: float) -> None:
         member = probe.member

@@ -9,6 +9,7 @@ this is offered to users as a policy.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
 from random import Random
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from smg.lab.world import ReplayCall, World
 
 
-class Rival(Stateless):
+class Rival(Stateless, ABC):
     """The ledger that every rival may look into: counts, tokens, blocks and seconds per worker."""
 
     name = "rival"
@@ -51,9 +52,9 @@ class Rival(Stateless):
         """The worker that `pick` names."""
         return workers[self.pick(cast("ReplayCall", call).request, workers, now, rng)]
 
+    @abstractmethod
     def pick(self, request: TraceRequest, workers: Sequence[Worker], now: float, rng: Random) -> int:
         """The position of the worker for a request."""
-        raise NotImplementedError
 
     def placed(self, call: Call, worker: Worker, now: float) -> None:
         """Book it."""

@@ -138,7 +138,8 @@ class Parking:
         slot.reader = self
         self._slot = slot
         self._waiting = True
-        return (yield self._trap).unwrap()  # type: ignore[no-any-return]
+        is_in_time: bool = (yield self._trap).unwrap()
+        return is_in_time
 
     @types.coroutine
     def wait_writable(self, slot: Slot) -> Generator[Any, Any, bool]:
@@ -150,7 +151,8 @@ class Parking:
         slot.writer = self
         self._slot = slot
         self._waiting = True
-        return (yield self._trap).unwrap()  # type: ignore[no-any-return]
+        is_in_time: bool = (yield self._trap).unwrap()
+        return is_in_time
 
     @types.coroutine
     def wait_either(self, slot: Slot) -> Generator[Any, Any, bool]:
@@ -162,7 +164,8 @@ class Parking:
         slot.reader = slot.writer = self
         self._slot = slot
         self._waiting = True
-        return (yield self._trap).unwrap()  # type: ignore[no-any-return]
+        is_in_time: bool = (yield self._trap).unwrap()
+        return is_in_time
 
     @types.coroutine
     def wait_woken(self) -> Generator[Any, Any, bool]:
@@ -170,7 +173,8 @@ class Parking:
         if self._pending is not None:
             self._raise_pending()
         self._waiting = True
-        return (yield self._trap).unwrap()  # type: ignore[no-any-return]
+        is_in_time: bool = (yield self._trap).unwrap()
+        return is_in_time
 
     async def sleep(self, seconds: float) -> None:
         """Sleeps exactly, unlike the swept deadline; can be interrupted."""

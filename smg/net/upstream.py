@@ -11,7 +11,7 @@ import httptools
 import trio
 
 from smg.errors import UpstreamError
-from smg.net.connection import Connection, ConnectionLost, DeadlinePassed
+from smg.net.connection import RECEIVE_BYTES, Connection, ConnectionLost, DeadlinePassed
 from smg.net.readiness import Parking
 
 _PARSER_ERRORS = (httptools.HttpParserError, httptools.HttpParserUpgrade, ValueError)
@@ -359,8 +359,9 @@ class Upstream:
         slot = connection.slot
         while view:
             if slot.is_writable:
-                # TLS takes nothing without waiting; a plain socket that was writable takes what it can.
-                sent = connection.send_nowait(view)  # type: ignore[arg-type]
+                # TLS takes nothing without waiting; a plain socket that was writable takes what it can. Bytes of their
+                # own, for a small piece may be kept until the end of the turn.
+                sent = connection.send_nowait(bytes(view[:RECEIVE_BYTES]))
                 if sent == 0 and slot.is_writable:
                     await connection.send(parking, view)
                     return

@@ -479,7 +479,7 @@ class CacheAware:
             if abs(blocks - account.sized_blocks) > blocks >> 6:
                 self._resize(account, worker_id, question)
         if request.home_blocks:
-            # Nobody had told us of this session, and it went to its first home: had a peer chosen that before?
+            # It was unknown here and went to its first home: had a peer chosen that before?
             share = (cached - predicted) / (request.home_blocks * question.block_tokens)
             prices.home_share += HOME_RATE * (min(max(share, 0.0), 1.0) - prices.home_share)
 

@@ -116,4 +116,4 @@ class OtlpSender:
 
     def close(self) -> None:
         """Close the exporter's connections."""
-        self._exporter.shutdown()  # type: ignore[no-untyped-call]
+        self._exporter.shutdown()  # type: ignore[no-untyped-call]  # the library's own annotation is missing

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -282,7 +283,7 @@ async def _judge_heal(
     """All see all again, agree although the load goes on, and each side learns what the other one placed."""
     nodes = list(place.nodes.values())
     for node in nodes:
-        await _until(lambda node=node: _alive(node, len(ALL)))  # type: ignore[misc]
+        await _until(partial(_alive, node, len(ALL)))
     verdict.note(f"all see all alive {trio.current_time() - heal_s:.2f} s after healing")
     agreed_s = await _agreed(place, heal_s)
     verdict.must(agreed_s <= 10.0, f"digests of all three agree {agreed_s:.2f} s after healing, under load")
