@@ -6,14 +6,19 @@ Owns the command's arguments and its output. The work is in `simulate`, the appe
 from __future__ import annotations
 
 import argparse
+import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from smg.lab import report, trace, traffic
 from smg.lab.rivals import RIVALS
 from smg.lab.simulate import Row, SimulateSettings, UnknownPolicy, engine_settings, run
 from smg.lab.world import WorldSettings
 from smg.policies import POLICIES
+
+T = TypeVar("T")
 
 MADE_UP = "agents"
 """The name that stands for generated traffic instead of a file."""
@@ -40,7 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--delay",
-        default="1",
+        type=_delay,
+        default=1.0,
         metavar="S",
         help="seconds until a gateway's news reaches the others; 'none': never (1)",
     )
@@ -67,10 +73,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="R",
         help="play the trace so fast that a greedy router with full information uses this share of the prefill time",
     )
-    add("--seed", default="1", metavar="N,N", help="seeds; several are averaged (1)")
+    add("--seed", type=_seeds, default=(1,), metavar="N,N", help="seeds; several are averaged (1)")
     add(
         "--poll",
-        type=float,
+        type=_seconds,
         default=0.25,
         metavar="S",
         help="seconds between load reports of a worker (0.25)",
@@ -84,16 +90,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Run it; the exit status: 0, or 2 with one sentence on standard error when the question makes no sense."""
     try:
-        told = traffic.agents(seed=1) if args.trace == MADE_UP else trace.load(args.trace)
-        told = told.first(args.limit)
+        told = _trace(args.trace).first(args.limit)
+        if args.plot:
+            _file("--plot", args.plot, Path(args.plot).touch)  # before minutes of work, not after
         settings = SimulateSettings(
             policies=tuple(name.strip() for name in args.policy.split(",") if name.strip()),
             load=args.load,
-            seeds=tuple(int(seed) for seed in args.seed.split(",")),
+            seeds=args.seed,
             world=WorldSettings(
                 workers=args.workers,
                 gateways=args.gateways,
-                delay_s=None if args.delay == "none" else float(args.delay),
+                delay_s=args.delay,
                 loss_ratio=args.loss,
                 is_owner_asked=args.owner,
                 poll_s=args.poll,
@@ -101,7 +108,7 @@ def main(args: argparse.Namespace) -> int:
             ),
         )
         result = run(told, settings, None if args.json else _progress)
-    except (OSError, UnknownPolicy, trace.TraceError, ValueError) as error:
+    except (UnknownPolicy, trace.TraceError, ValueError) as error:
         sys.stderr.write(f"smg simulate: {error}\n")
         return 2
     sys.stdout.write((report.as_json(result) if args.json else report.table(result)) + "\n")
@@ -112,9 +119,50 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
+def _trace(name: str) -> trace.Trace:
+    return traffic.agents(seed=1) if name == MADE_UP else _file("--trace", name, lambda: trace.load(name))
+
+
+def _file(flag: str, name: str, use: Callable[[], T]) -> T:
+    """What `use` makes of the file. Raises ValueError that names flag, file and reason."""
+    try:
+        return use()
+    except OSError as error:
+        raise ValueError(f"{flag}: {name!r}: {error.strerror or error}") from None
+
+
 def _progress(row: Row) -> None:
     if sys.stderr.isatty():
         sys.stderr.write(f"{row.policy} seed {row.seed}: mean TTFT {row.measured.ttft_mean_s:.3f} s\n")
+
+
+def _delay(text: str) -> float | None:
+    if text == "none":
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0.0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither seconds, 0 or more, nor 'none'")
+    return value
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0.0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
+    return value
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(seed) for seed in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers such as 1,2") from None
 
 
 def _positive(text: str) -> int:

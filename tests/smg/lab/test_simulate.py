@@ -139,6 +139,24 @@ def test_the_command_prints_a_table_and_draws_a_plot(capsys, tmp_path):
 def test_the_command_refuses_nonsense_in_one_sentence(capsys):
     assert command("--trace", "agents", "--policy", "nope") == 2
     assert command("--trace", "/does/not/exist") == 2
+    assert (
+        command("--trace", "agents", "--plot", "/does/not/exist.svg") == 2
+    )  # told before the work, not after
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == 2
+    assert len(said) == 3
     assert all(line.startswith("smg simulate: ") for line in said)
+    assert ["--trace: '/does/not/exist'" in said[1], "--plot: '/does/not/exist.svg'" in said[2]] == [
+        True,
+        True,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("--delay", "soon"), ("--delay", "-1"), ("--seed", "a,b"), ("--poll", "0"), ("--poll", "nan")],
+)
+def test_a_wrong_number_is_refused_by_name(capsys, flag, value):
+    with pytest.raises(SystemExit):
+        command("--trace", "agents", flag, value)
+    said = capsys.readouterr().err
+    assert flag in said.splitlines()[-1] and value in said.splitlines()[-1]
