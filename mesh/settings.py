@@ -55,9 +55,9 @@ class SwimSettings(msgspec.Struct, frozen=True, kw_only=True):
     """A suspicion lasts mult * max(1, log10 N) * probe_interval_s when confirmed (N <= 10: 1.9 s). memberlist: 4;
     a little less keeps the slowest death of 64 members below 5.5 s."""
 
-    suspicion_mult_eof: float = 3.0
+    suspicion_mult_eof: float = 2.9
     """When the suspicion began with the end of the member's stream, it lasts mult * probe_interval_s whatever the
-    size (1.5 s): a process death is likely, all who had a stream saw it at once, and a refutation is everywhere within
+    size (1.45 s): a process death is likely, all who had a stream saw it at once, and a refutation is everywhere within
     .3 s even of 1,000 members. In silence the logarithm leaves time for probes by others, which nobody waits for here."""
 
     suspicion_max_mult: float = 6.0

@@ -18,7 +18,7 @@ def test_the_minimum_grows_with_the_logarithm_of_the_members() -> None:
 
 
 def test_the_end_of_a_stream_is_waited_upon_as_long_among_many_as_among_few() -> None:
-    assert [suspicion_min_s(SETTINGS, members, True) for members in (1, 3, 64, 1000)] == [1.5] * 4
+    assert [suspicion_min_s(SETTINGS, members, True) for members in (1, 3, 64, 1000)] == [1.45] * 4
 
 
 def test_three_members_have_nobody_to_confirm_so_the_minimum_holds() -> None:
@@ -45,9 +45,9 @@ def test_an_accuser_counts_once_and_a_fourth_one_not_at_all() -> None:
 def test_the_end_of_its_stream_shortens_what_was_begun_without_it() -> None:
     suspicion = Suspicion(SETTINGS, 3, "a", 0.0)
     suspicion.saw_eof(SETTINGS, 3)
-    assert suspicion.deadline_s() == 1.5
+    assert suspicion.deadline_s() == 1.45
     suspicion.saw_eof(SETTINGS, 3)
-    assert suspicion.deadline_s() == 1.5
+    assert suspicion.deadline_s() == 1.45
 
 
 def test_a_refusing_port_sets_the_hour_and_a_hold_delays_it() -> None:
