@@ -254,7 +254,17 @@ class Dispatch:
             ttft_s = None if told.first_byte_s is None else told.first_byte_s - started_s
             lane.generated(ttft_s, now - started_s, usage)
         if lane.tells_finished:
-            self._settle(call, worker, lane.policy, status, told, is_success, started_s, now)
+            prompt_tokens = cached_tokens = completion_tokens = ttft_s = None
+            if usage is not None:
+                prompt_tokens = usage.prompt_tokens
+                cached_tokens = usage.cached_tokens
+                completion_tokens = usage.completion_tokens
+            if told.first_byte_s is not None:
+                ttft_s = told.first_byte_s - started_s
+            outcome = Outcome(
+                status, is_success, ttft_s, now - started_s, prompt_tokens, cached_tokens, completion_tokens
+            )
+            lane.policy.finished(call, worker, outcome, now)
 
     def note_failure(self, worker: Worker, error: UpstreamError) -> None:
         """A worker could not be used: counted, and probed at once when it refused (HLT-2)."""
@@ -295,35 +305,6 @@ class Dispatch:
         passes_on = is_events or (call.is_stream and not content_type.startswith(b"application/json"))
         held_bytes_max = PASSED_ON if passes_on else HELD_BYTES_MAX
         return await relay_plain(exchange, upstream, lines.id_line, told, held_bytes_max)
-
-    def _settle(
-        self,
-        call: Call,
-        worker: Worker,
-        policy: Policy,
-        status: int,
-        told: Told,
-        is_success: bool | None,
-        started_s: float,
-        now: float,
-    ) -> None:
-        """Tells the policy how the attempt ended."""
-        usage = told.usage
-        ttft_s = None if told.first_byte_s is None else told.first_byte_s - started_s
-        policy.finished(
-            call,
-            worker,
-            Outcome(
-                status,
-                is_success,
-                ttft_s,
-                now - started_s,
-                usage.prompt_tokens if usage is not None else None,
-                usage.cached_tokens if usage is not None else None,
-                usage.completion_tokens if usage is not None else None,
-            ),
-            now,
-        )
 
     def note_rest(self, worker: Worker, held: Held, now: float) -> None:
         """Remembers `Retry-After` of a 429 or 503 (CB-4)."""

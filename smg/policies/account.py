@@ -33,6 +33,12 @@ SLOTS = 64
 """Assumed size of a decode batch: how much a request in flight slows a prefill."""
 SLOWDOWN = 0.5
 """A prefill beside a full decode batch takes 1 + this times as long."""
+KV_FULL = 0.95
+"""Above this KV usage a prompt that does not fit waits until a running request ends."""
+
+
+FULL = object()
+"""Stands for a report that tells of a full KV cache."""
 
 
 class Open(msgspec.Struct, gc=False, eq=False):
@@ -48,7 +54,7 @@ class Open(msgspec.Struct, gc=False, eq=False):
     question: Question
     home_blocks: int = 0
     """Blocks that its worker was believed to hold for being the first home of an unknown session."""
-    is_clean: bool = False
+    is_clean: bool = True
     """Whether its time to first byte, or the gap to the one before, will be its own prefill."""
     is_queued: bool = False
     """Whether it waited for one of ours."""
@@ -61,30 +67,40 @@ class Open(msgspec.Struct, gc=False, eq=False):
 
 
 class Account:
-    """The account of one worker. `open` holds requests whose first byte has not come, in order of sending."""
+    """The account of one worker. `open` holds requests whose first byte has not come, in order of sending.
+
+    `is_shared`: peers tell what they send to it. Else what others do is known from reports alone, and the level begins with
+    the first one that tells of them.
+    """
 
     __slots__ = (
+        "_is_shared",
         "_level_at_s",
         "_level_s",
         "_queued_s",
         "_recent",
         "_reported_s",
         "blocked_s",
+        "busy_until_s",
         "capacity",
         "empty_s",
         "fit",
         "has_others",
+        "head_until_s",
         "last_first_s",
         "no_cache_until_s",
         "open",
+        "placed",
         "report",
         "seconds",
         "silent_until_s",
         "sized_blocks",
+        "usual_report",
     )
 
-    def __init__(self, fit: PrefillModel) -> None:
+    def __init__(self, fit: PrefillModel, *, is_shared: bool = True) -> None:
         self.fit = fit
+        self._is_shared = is_shared
         self.sized_blocks = 0
         """The bound of the worker's blocks as the index last heard it from here, 0 when it may have another."""
         self.capacity: CacheCapacity | None = None
@@ -92,14 +108,22 @@ class Account:
         """Until then the worker is taken to have no prefix cache."""
         self.silent_until_s = float("-inf")
         """Until then a report without waiting requests does not tell that there are none."""
+        self.placed: dict[object, Open] = {}
+        """All of ours that are not finished, by the id of the call; kept by the policy above."""
         self.open: dict[object, Open] = {}
         self.seconds = 0.0  # invariant: the sum over `open`
         self.last_first_s = float("-inf")
+        self.head_until_s = float("-inf")
+        """When the prefill of the oldest in `open` should be over; until then `own_s` is `busy_until_s - now`."""
+        self.busy_until_s = float("-inf")
+        """When all of `open` should be over, seen from the start of the oldest."""
         self.blocked_s = float("-inf")
         """When a report last told that all of ours wait and none is in prefill: slots or memory are full."""
         self.report: LoadReport | None = None
         self.has_others = False
         """Whether the last report, or news since, told of requests that are not ours."""
+        self.usual_report: object = None
+        """The last report, unless it told of a KV cache that is full: then nothing that a worker's report could be."""
         self._level_s = 0.0  # everybody's prefill seconds at `_level_at_s`, as far as known
         self._level_at_s = float("-inf")
         self._reported_s = 0.0  # the level at `report`, and how much of it was queue
@@ -145,10 +169,14 @@ class Account:
     def note(self, worker: Worker, report: LoadReport, mean_s: float) -> None:
         """Take a new report in. Must come before any other change: our own state is still that of its moment."""
         self.report = report
+        self.usual_report = FULL if report.kv_usage is not None and report.kv_usage > KV_FULL else report
         waiting = report.waiting
         if self.open and waiting >= len(self.open):
             self.blocked_s = report.at_s
         level = own = self.own_s(report.at_s)
+        if not (self._is_shared or self.has_others):
+            self._level_s, self._level_at_s = own, report.at_s
+            self._recent = [(request.sent_s, request.seconds) for request in self.open.values()]
         self.has_others = report.running + waiting > worker.in_flight - worker.sent_since_report
         if self.has_others:
             recent = [seconds for sent_s, seconds in self._recent if sent_s <= report.at_s]
@@ -195,22 +223,29 @@ class Account:
 
     def place(self, key: object, request: Open) -> None:
         """A request of ours goes to the worker."""
-        if self.open:
-            self.settle(request.sent_s)
-        # Its first byte will tell its own prefill if nobody is in front whose end we would not see.
-        if not self.has_others:
-            request.is_clean = True
-        else:
+        sent_s, seconds = request.sent_s, request.seconds
+        open_ = self.open
+        if open_ and self.head_until_s <= sent_s:
+            self.settle(sent_s)
+        if self.has_others:
+            # Its first byte will tell its own prefill if nobody is in front whose end we would not see.
             report = self.report
             request.is_clean = (
-                report is not None
-                and report.waiting == 0
-                and not self.open
-                and self.level_s(request.sent_s) <= 0.0
+                report is not None and not report.waiting and not open_ and self.level_s(sent_s) <= 0.0
             )
-        sent_s, seconds = request.sent_s, request.seconds
-        self.open[key] = request
-        self.seconds += seconds
+        if open_:
+            self.seconds += seconds
+            self.busy_until_s += seconds
+        else:
+            since_s = self.last_first_s
+            self.seconds = seconds
+            self.head_until_s = self.busy_until_s = (sent_s if sent_s > since_s else since_s) + seconds
+        open_[key] = request
+        if self._is_shared or self.has_others:
+            self._pour(sent_s, seconds)
+
+    def _pour(self, sent_s: float, seconds: float) -> None:
+        """A request of ours comes into the level, and is remembered."""
         recent, at_s = self._recent, self._level_at_s
         if sent_s < at_s or (recent and recent[-1][0] > sent_s):
             self._add(sent_s, seconds)
@@ -245,6 +280,7 @@ class Account:
             request.slowdown = slower
         self._drop(request)
         self.last_first_s = max(self.last_first_s, now)
+        self._mark()
         if self.has_others:
             self.passed(request.sent_s, now)
 
@@ -270,6 +306,7 @@ class Account:
                     over_s = now
                 if over_s > self.last_first_s:
                     self.last_first_s = over_s
+            self._mark()
 
     def peer_placed(self, seconds: float, sent_s: float) -> None:
         """A peer told that it sent `seconds` of prefill at `sent_s` of our clock."""
@@ -330,10 +367,21 @@ class Account:
             key, request = next(iter(self.open.items()))
             start = max(request.sent_s, self.last_first_s)
             if request.is_stream or now - start < request.seconds:
-                return
+                break
             del self.open[key]
             self._drop(request)
             self.last_first_s = start + request.seconds
+        self._mark()
+
+    def _mark(self) -> None:
+        """Says anew when the oldest and all of `open` should be over: something has changed at the front."""
+        for request in self.open.values():
+            since_s, sent_s = self.last_first_s, request.sent_s
+            start_s = sent_s if sent_s > since_s else since_s
+            self.head_until_s = start_s + request.seconds
+            self.busy_until_s = start_s + self.seconds
+            return
+        self.head_until_s = self.busy_until_s = float("-inf")
 
     def _drop(self, request: Open) -> None:
         self.seconds -= request.seconds
@@ -341,6 +389,10 @@ class Account:
             self.seconds = 0.0  # float dust must not outlive the work
 
 
+SLOWDOWNS = tuple(1.0 + SLOWDOWN * in_flight / SLOTS for in_flight in range(SLOTS + 1))
+"""`slowdown` of 0 to SLOTS requests."""
+
+
 def slowdown(in_flight: int) -> float:
     """How much longer a prefill takes beside the decoding of so many requests."""
-    return 1.0 + SLOWDOWN * (in_flight if in_flight < SLOTS else SLOTS) / SLOTS
+    return SLOWDOWNS[in_flight if in_flight < SLOTS else SLOTS]

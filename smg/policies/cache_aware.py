@@ -18,14 +18,14 @@ import msgspec
 
 from smg.api.call import Call
 from smg.fleet.block_hashes import BlockHasher, chain
-from smg.fleet.prefix_index import NO_MATCH, IndexSettings, PrefixIndex
+from smg.fleet.prefix_index import IndexSettings, PrefixIndex
 from smg.fleet.service_model import CacheCapacity, PrefillModels, TokenLength
 from smg.fleet.worker import Worker
-from smg.policies.account import Account, Open, slowdown
+from smg.policies.account import SLOTS, SLOWDOWNS, Account, Open, slowdown
 from smg.policies.homes import key_of
 from smg.policies.neighbours import Alone, Decision, Neighbours, News, Question
 from smg.policies.policy import Outcome, Terms, Wants
-from smg.policies.price import FLEET_MAX, Prices, cached_tokens, session
+from smg.policies.price import FLEET_MAX, Prices, View, cached_tokens, session
 from smg.policies.threshold import ThresholdRule
 from smg.settings import Routing
 
@@ -39,6 +39,10 @@ NO_CACHE_S = 60.0
 """How long a worker is taken to have no prefix cache after a long row of answers said so; then it is tried again."""
 OBSERVE_S = 1e-4
 """A prefill shorter than this is the network's time, not the worker's."""
+
+
+NO_QUESTION = Question((), 1, 1.0, None, 0)
+"""Before the first one."""
 
 
 class CacheAwareSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -70,7 +74,7 @@ class CacheAware:
     """The policy of one model. Index, hasher and fits belong to the node and are shared by its models."""
 
     name = "cache_aware"
-    wants = Wants.TEXT | Wants.KEY
+    wants = Wants.KEY
     is_random = False
 
     def __init__(
@@ -91,21 +95,15 @@ class CacheAware:
         self._neighbours: Neighbours = neighbours if neighbours is not None else Alone()
         self._prices = Prices(model, settings.price, self._index, self._fits, self._neighbours)
         self._length = TokenLength()
-        self._open: dict[tuple[int, str], Open] = {}  # by (id of the call, worker): placed and not finished
         self._followed: dict[int, Decision] = {}  # by id of the call
         self._seed = self._hasher.seed(model)
         self._block_bytes = self._hasher.settings.block_bytes
         self._is_alone = isinstance(self._neighbours, Alone)
         # The last question and its match, from `choose` to `placed`: nothing comes between the two.
         self._asked: Call | None = None
-        self._question: Question | None = None
-        self._matched: Question | None = None
-        self._match = NO_MATCH
-        self._home = ""  # the first home of the last question, where homes counted
-        # While no worker has a cache, prompts are not hashed: until when, and of how many workers that was found.
-        self._blind_until_s = float("-inf")
-        self._blind_count = 0
-        self._is_blind = False
+        self._question = NO_QUESTION
+        self._view: View | None = None
+        self._is_blind = False  # while no worker has a cache, prompts are not hashed
         self._none_until_s = float("-inf")  # until then some worker at least is known to have no cache
         # Counted here and read when somebody scrapes (contract MET-9).
         self.prompt_chars = 0
@@ -143,28 +141,25 @@ class CacheAware:
                 for worker in workers:
                     if worker.id == decision.worker_id:
                         return worker
-        self._is_blind = self._blind_until_s > now and self._sees_none(now)
+        prices = self._prices
+        self._is_blind = prices.blind_until_s > now
         question = self.question(call)
         if self._rule is not None:
             return self._rule.choose(question.blocks, workers, self._index, rng)[0]
-        prices = self._prices
-        view = prices.view(question, workers, now)
-        self._matched, self._match = question, view.match
-        self._home = view.homes[0] if view.homes else ""
+        self._view = view = prices.view(question, workers, now)
         return prices.cheapest(view, workers, now, rng)
 
     def placed(self, call: Call, worker: Worker, now: float) -> None:
         """Book the request: its blocks, its seconds, its share of the price; and tell the peers."""
-        question = self._question if self._asked is call else None
-        if question is None:
-            question = self.question(call)
+        question = self._question if self._asked is call else self.question(call)
         worker_id, call_id = worker.id, id(call)
         index, prices = self._index, self._prices
-        if self._matched is question:
-            match, home = self._match, self._home
+        view = self._view
+        if view is not None and view.question is question:
+            match, homes = view.match, view.homes
         else:
-            match, home = index.match(question.blocks), ""
-        self._asked = self._matched = None  # a call is placed once: its body must not outlive it here
+            match, homes = index.match(question.blocks), ()
+        self._asked = self._view = None  # a call is placed once: its body must not outlive it here
         account = prices.accounts.get(worker_id) or prices.account(worker)
         report = worker.report
         if report is not None:
@@ -183,13 +178,14 @@ class CacheAware:
         self.matched_chars += depth * self._block_bytes if chars else cached * CHARS_PER_TOKEN
         seconds = account.fit.seconds(tokens - cached, cached)
         request = Open(call, seconds, now, call.is_stream, cached, question)
-        if home == worker_id:
+        if homes and homes[0] == worker_id:
             request.home_blocks = len(question.blocks) - depth
-        self._open[(call_id, worker_id)] = request
+        account.placed[call_id] = request
         account.place(call_id, request)
         if prices.is_ordered:
             prices.moved(account, worker_id, now)
-        prices.admit(seconds * slowdown(worker.in_flight), now)
+        in_flight = worker.in_flight
+        prices.admit(seconds * SLOWDOWNS[in_flight if in_flight < SLOTS else SLOTS], now)
         blocks = question.blocks if account.no_cache_until_s <= now else ()
         if self._is_alone:
             if blocks:
@@ -211,9 +207,11 @@ class CacheAware:
     def finished(self, call: Call, worker: Worker, outcome: Outcome, now: float) -> None:
         """Settle the account and learn from the answer."""
         worker_id, call_id, prices = worker.id, id(call), self._prices
-        request = self._open.pop((call_id, worker_id), None)
         account = prices.accounts.get(worker_id)
-        if request is None or account is None:
+        if account is None:
+            return
+        request = account.placed.pop(call_id, None)
+        if request is None:
             return
         if worker.report is not account.report:
             prices.note(account, worker)
@@ -222,9 +220,10 @@ class CacheAware:
             prices.moved(account, worker_id, now)
         if not outcome.is_success:
             return
-        if account.has_others and not request.is_stream:
-            account.passed(request.sent_s, now)
-        if request.is_stream and outcome.ttft_s is not None:
+        if not request.is_stream:
+            if account.has_others:
+                account.passed(request.sent_s, now)
+        elif outcome.ttft_s is not None:
             decode_s = outcome.duration_s - outcome.ttft_s
             prices.decode_s += 0.05 * (max(0.0, decode_s) - prices.decode_s)
         if outcome.prompt_tokens:
@@ -244,13 +243,13 @@ class CacheAware:
         account = self._prices.known(worker.id)
         if account is not None:
             account.sized_blocks = 0
-            account.no_cache_until_s = self._blind_until_s = self._none_until_s = float("-inf")
+            account.no_cache_until_s = self._prices.blind_until_s = self._none_until_s = float("-inf")
 
     def terms(self, call: Call, workers: Sequence[Worker], now: float, rng: Random) -> list[Terms]:
         """What every candidate costs, by the arithmetic of `choose`; changes nothing."""
         if not workers:
             return []
-        self._is_blind = self._blind_until_s > now and self._sees_none(now)
+        self._is_blind = self._prices.blind_until_s > now
         question = self.question(call)
         view = self._prices.view(question, workers, now)
         depths = [view.match.depth_of(self._index.bits_of(worker.id)) for worker in workers]
@@ -275,10 +274,11 @@ class CacheAware:
 
     def question(self, call: Call) -> Question:
         """What deciding needs of a call. Remembered for the last call: it is asked for more than once."""
-        if self._asked is call and self._question is not None:
+        if self._asked is call:
             return self._question
-        salt = call.document.get("cache_salt")
-        seed = self._hasher.seed(self._model, salt) if isinstance(salt, str) else self._seed
+        seed, document = self._seed, call.document
+        if "cache_salt" in document and isinstance(document["cache_salt"], str):
+            seed = self._hasher.seed(self._model, document["cache_salt"])
         key = key_of(call.routing_key) if call.routing_key else None
         ids = call.token_ids() if call.endpoint.takes_token_ids else None
         if self._is_blind:
@@ -287,9 +287,7 @@ class CacheAware:
             else:
                 text = call.text()
                 length = len(text if text.isascii() else text.encode("utf-8", "surrogatepass"))
-                question = Question(
-                    (), max(1, round(length / self._length.chars_per_token)), 1.0, key, length
-                )
+                question = Question((), round(length / self._length.chars_per_token) or 1, 1.0, key, length)
         elif ids is not None:
             blocks = self._hasher.token_blocks(ids, seed)
             question = Question(
@@ -402,9 +400,8 @@ class CacheAware:
             account.capacity = CacheCapacity(tokens)
         account.capacity.tokens = max(float(CacheCapacity.TOKENS_MIN), float(tokens))
         account.capacity.is_judged = True
-        question = self._question
-        if question is not None:
-            self._resize(account, worker.id, question)
+        if self._question is not NO_QUESTION:
+            self._resize(account, worker.id, self._question)
 
     def _measure(self, account: Account, worker: Worker, question: Question) -> None:
         """Start the learned size of a worker's cache from what its engine tells, if it does."""
@@ -427,17 +424,8 @@ class CacheAware:
         account.capacity = None
         account.sized_blocks = 0
         account.no_cache_until_s = self._none_until_s = now + NO_CACHE_S
-        accounts = self._prices.accounts
-        self._blind_count = len(accounts)
-        self._blind_until_s = min(other.no_cache_until_s for other in accounts.values())
-
-    def _sees_none(self, now: float) -> bool:
-        """Whether no worker has a cache now; called only where that was so of all workers of before."""
-        accounts = self._prices.accounts
-        if len(accounts) != self._blind_count:
-            self._blind_count = len(accounts)
-            self._blind_until_s = min(account.no_cache_until_s for account in accounts.values())
-        return self._blind_until_s > now
+        prices = self._prices
+        prices.blind_until_s = min(other.no_cache_until_s for other in prices.accounts.values())
 
     def _learn_pace(self, account: Account, request: Open, prompt: int, had: int) -> None:
         """Learn from the seconds of a prefill of `prompt` tokens, `had` of which were cached."""

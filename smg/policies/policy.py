@@ -43,7 +43,7 @@ class Wants(enum.Flag):
     TEXT = enum.auto()  # the prompt text (RT-7)
 
 
-class Outcome(msgspec.Struct, frozen=True):
+class Outcome(msgspec.Struct, frozen=True, gc=False):
     """How an attempt ended.
 
     `status` is the worker's HTTP status, 0 when there was none (refused, reset, timeout, client gone before).

@@ -19,15 +19,17 @@ from random import Random
 
 import msgspec
 
-from smg.fleet.prefix_index import Match, PrefixIndex
-from smg.fleet.service_model import PrefillModel, PrefillModels
+from smg.fleet.prefix_index import NO_MATCH, Match, PrefixIndex
+from smg.fleet.service_model import PrefillModels
 from smg.fleet.worker import Worker
-from smg.policies.account import SLOTS, SLOWDOWN, Account, slowdown
+from smg.policies.account import KV_FULL, SLOTS, SLOWDOWNS, Account, slowdown
 from smg.policies.homes import Homes
 from smg.policies.neighbours import Alone, Neighbours, Question
 
 RATE_S = 30.0
 """Time constant of the utilisation behind the price: longer than a burst, shorter than a day's tide."""
+AGE_S = 0.03
+"""The utilisation is aged in steps of this: by a thousandth of `RATE_S`, which nobody notices."""
 UTILISATION_MAX = 0.95
 """Beyond this the queueing formula 1/(1 - rho) says more than we know."""
 EVICTION = 1.25
@@ -47,8 +49,6 @@ SPARE = 4
 """How many of the least burdened workers are among those."""
 OWNERS_MAX = 16
 """How many holders of one prefix are among those; of more, the least burdened."""
-KV_FULL = 0.95
-"""Above this KV usage a prompt that does not fit waits until a running request ends."""
 DECODE_SEED_S = 5.0
 """Seconds of an answer after its first byte, before any was seen."""
 TIE_S = 1e-9
@@ -69,14 +69,13 @@ class Prices:
     """The prices of one model."""
 
     __slots__ = (
-        "_aged",
-        "_aged_s",
         "_dial",
         "_fits",
         "_fleet",
         "_homes",
         "_index",
         "_is_alone",
+        "_is_mixed",
         "_model",
         "_neighbours",
         "_order",
@@ -84,7 +83,10 @@ class Prices:
         "_price_max",
         "_rate",
         "_rate_s",
+        "_row",
+        "_row_of",
         "accounts",
+        "blind_until_s",
         "decode_s",
         "home_share",
         "is_ordered",
@@ -109,10 +111,13 @@ class Prices:
         """Whether the order of accounts is kept, so that `moved` has something to do."""
         self._fleet: Sequence[Worker] = ()  # the candidates that `_positions` was made for
         self._positions: dict[str, int] = {}
+        self._row: list[tuple[Worker, Account]] = []  # the candidates with their accounts
+        self._row_of: Sequence[Worker] | None = None  # the tuple that `_row` was made for
+        self._is_mixed = False  # whether their accounts have more than one fit
+        self.blind_until_s = -math.inf
+        """Until then no worker is believed to have a prefix cache."""
         self._rate = 0.0  # prefill seconds admitted per second, at `_rate_s`
         self._rate_s = 0.0
-        self._aged = 0.0  # the rate at `_aged_s`, when it was last asked for; admitting comes right after
-        self._aged_s = -1.0
         self.mean_s = fits.get(model).seconds(2_000, 0)
         """Mean prefill of an admitted request."""
         self.decode_s = DECODE_SEED_S
@@ -124,7 +129,7 @@ class Prices:
 
     def view(self, question: Question, workers: Sequence[Worker], now: float) -> View:
         """The facts of a decision. Changes nothing."""
-        match = self._index.match(question.blocks)
+        match = self._index.match(question.blocks) if question.blocks else NO_MATCH
         view = View(question, match, self.price(len(workers), now))
         if not self._is_alone:
             depth = match.depth
@@ -140,71 +145,66 @@ class Prices:
 
     def cheapest(self, view: View, workers: Sequence[Worker], now: float, rng: Random) -> Worker:
         """The candidate with the lowest cost; ties by priority, then by `rng`."""
+        row = self._row if workers is self._row_of else self._pairs(workers)
         if len(workers) > FLEET_MAX:
-            workers = [workers[position] for position in self.promising(view, workers, now)]
+            row = [row[position] for position in self.promising(view, workers, now)]
         question, price, match, has_homes = view.question, view.price, view.match, bool(view.homes)
         steps, tokens, block_tokens = match.steps, question.tokens, question.block_tokens
-        accounts, bits = self.accounts, self._index.bits
-        lowest = math.inf
-        best: Worker | None = None
+        bits, is_mixed = self._index.bits, self._is_mixed
+        is_flat = not (steps or is_mixed)  # the prefill is the same everywhere
+        below = above = (
+            math.inf
+        )  # costs under `below` are lower than the lowest so far, up to `above` they are as low
+        best = row[0][0]  # costs are finite: the first one is lower than nothing
         ties: list[Worker] | None = None
-        fit: PrefillModel | None = None
-        priced, prefill_s, depth = -1, 0.0, 0  # `prefill_s` is the price of `fit` with `priced` blocks cached
+        fit = row[0][1].fit
+        priced, depth = 0, 0
+        prefill_s = price * fit.seconds(tokens, 0)  # the price of `fit` with `priced` blocks cached
         top_depth, top_owners = steps[0] if steps else (0, 0)
         has_more_steps = len(steps) > 1
         # The arithmetic of `terms` once more, without calls and tuples: this loop is most of a decision.
         # What is rare goes to `terms` itself, and a test holds the two together.
-        for worker in workers:
-            worker_id = worker.id
-            account = accounts.get(worker_id)
-            if account is None:
-                account = self.account(worker)
-            report = worker.report
-            if report is not None and worker.report_until_s <= now:
-                report = None
-            if has_homes or (
-                report is not None and report.kv_usage is not None and report.kv_usage > KV_FULL
-            ):
+        for worker, account in row:
+            if worker.report is not account.usual_report or has_homes:
                 wait, prefill, penalty = self.terms(view, worker, now)
                 cost = (wait + prefill + penalty) * worker.spec.cost
             else:
-                if steps:
-                    own = bits.get(worker_id, 0)
-                    if top_owners & own:
-                        depth = top_depth
-                    else:
-                        depth = match.depth_of(own) if has_more_steps else 0
-                if depth != priced or account.fit is not fit:  # most workers hold equally little
-                    priced, fit = depth, account.fit
-                    cached = int(depth * block_tokens)
-                    if cached >= tokens:
-                        cached = tokens - 1
-                    prefill_s = price * fit.seconds(tokens - cached, cached)
-                in_flight = worker.in_flight + worker.peers_in_flight
-                wait = 0.0
-                if account.has_others or (report is not None and report is not account.report):
+                if not is_flat:
+                    if steps:
+                        own = bits.get(worker.id, 0)
+                        if top_owners & own:
+                            depth = top_depth
+                        else:
+                            depth = match.depth_of(own) if has_more_steps else 0
+                    if depth != priced or (is_mixed and account.fit is not fit):  # most hold equally little
+                        priced, fit = depth, account.fit
+                        cached = int(depth * block_tokens)
+                        if cached >= tokens:
+                            cached = tokens - 1
+                        prefill_s = price * fit.seconds(tokens - cached, cached)
+                in_flight = worker.in_flight
+                if account.has_others:
+                    in_flight += worker.peers_in_flight
+                    report = worker.report
+                    if report is not None and worker.report_until_s <= now:
+                        report = None
                     wait = account.wait_s(worker, report, now, self.mean_s)
-                    if report is not None and account.has_others:
+                    if report is not None:
                         in_flight = max(in_flight, report.running + report.waiting + worker.sent_since_report)
-                elif account.open:
-                    # `own_s`, where the oldest request is in its prefill: nearly always.
-                    for request in account.open.values():
-                        since_s, wait = account.last_first_s, account.seconds
-                        spent = now - (request.sent_s if request.sent_s > since_s else since_s)
-                        wait = wait - spent if 0.0 < spent < request.seconds else account.own_s(now)
-                        break
-                if in_flight:
-                    slower = 1.0 + SLOWDOWN * (in_flight if in_flight < SLOTS else SLOTS) / SLOTS
-                    cost = (wait + prefill_s * slower) * worker.spec.cost
+                elif now < account.head_until_s:
+                    wait = account.busy_until_s - now
                 else:
-                    cost = (wait + prefill_s) * worker.spec.cost
-            if cost < lowest - TIE_S:
-                lowest, best, ties = cost, worker, None
-            elif cost <= lowest + TIE_S and best is not None:
+                    wait = account.own_s(now) if account.open else 0.0
+                cost = (
+                    wait + prefill_s * SLOWDOWNS[in_flight if in_flight < SLOTS else SLOTS]
+                ) * worker.spec.cost
+            if cost < below:
+                best, ties = worker, None
+                below, above = cost - TIE_S, cost + TIE_S
+            elif cost <= above:
                 if ties is None:
                     ties = [best]
                 ties.append(worker)
-        assert best is not None, "there are candidates, and costs are finite"
         return best if ties is None else pick(ties, rng, view.homes)
 
     def terms(self, view: View, worker: Worker, now: float) -> tuple[float, float, float]:
@@ -225,7 +225,9 @@ class Prices:
                 penalty = view.penalty_s
         cached = cached_tokens(view.question, depth)
         seconds = account.fit.seconds(view.question.tokens - cached, cached)
-        in_flight = worker.in_flight + worker.peers_in_flight
+        in_flight = worker.in_flight
+        if account.has_others:
+            in_flight += worker.peers_in_flight
         if report is not None:
             if account.has_others:
                 in_flight = max(in_flight, report.running + report.waiting + worker.sent_since_report)
@@ -277,8 +279,9 @@ class Prices:
 
     def price(self, workers: int, now: float) -> float:
         """The shadow price: about 1/(1 - rho) for the delay of others, times the dial for what is evicted."""
-        self._aged = rate = self._rate * math.exp((self._rate_s - now) / RATE_S)
-        self._aged_s = now
+        rate = self._rate
+        if now - self._rate_s > AGE_S:
+            rate *= math.exp((self._rate_s - now) / RATE_S)
         if not self._is_alone:
             count = self._neighbours.count()
             if count > 1 and math.isinf(self._neighbours.delay_s()):
@@ -301,8 +304,9 @@ class Prices:
         account = self.accounts.get(worker.id)
         if account is None:
             worker_class = worker.spec.labels.get("class", "")
-            account = Account(self._fits.get(self._model, worker_class))
+            account = Account(self._fits.get(self._model, worker_class), is_shared=not self._is_alone)
             self.accounts[worker.id] = account
+            self.blind_until_s = -math.inf
             if self.is_ordered:
                 insort(self._order, (account.empty_s, worker.id))
         return account
@@ -319,10 +323,10 @@ class Prices:
 
     def admit(self, seconds: float, now: float) -> None:
         """So many seconds of prefill were sent to the fleet, by us or by a peer."""
-        aged = self._aged if now == self._aged_s else self._rate * math.exp((self._rate_s - now) / RATE_S)
-        self._rate = aged + seconds / RATE_S
-        self._rate_s = now
-        self._aged_s = -1.0
+        if now - self._rate_s > AGE_S:
+            self._rate *= math.exp((self._rate_s - now) / RATE_S)
+            self._rate_s = now
+        self._rate += seconds / RATE_S
         self.mean_s += 0.02 * (seconds - self.mean_s)
 
     def moved(self, account: Account, worker_id: str, now: float) -> None:
@@ -340,6 +344,15 @@ class Prices:
         if account is not None:
             self._unorder(account, worker_id)
         self._fleet = ()
+        self._row_of, self._row = None, []
+
+    def _pairs(self, workers: Sequence[Worker]) -> list[tuple[Worker, Account]]:
+        """The candidates with their accounts; remembered where nobody can change the sequence."""
+        row = [(worker, self.account(worker)) for worker in workers]
+        self._is_mixed = len({account.fit for _, account in row}) > 1
+        if type(workers) is tuple:
+            self._row_of, self._row = workers, row
+        return row
 
     def _unorder(self, account: Account, worker_id: str) -> None:
         entry = (account.empty_s, worker_id)

@@ -88,7 +88,7 @@ def test_a_stream_that_is_late_still_counts_as_being_prefilled():
     second, worker = site.send(text_of(2, 50))
     site.now += 1000.0
     waits = site.rows("x")[worker.id].wait
-    assert waits == pytest.approx(site.policy._open[(id(second), worker.id)].seconds)
+    assert waits == pytest.approx(site.policy._prices.accounts[worker.id].placed[id(second)].seconds)
 
 
 def test_plain_requests_are_taken_to_be_prefilled_in_their_time():
@@ -312,7 +312,7 @@ def test_requests_that_end_after_their_worker_left_are_settled():
     asked, worker = site.send(text_of(1, 5))
     site.policy.removed(worker)
     site.answer(asked, worker, prompt_tokens=640, cached_tokens=0)
-    assert site.policy._open == {}
+    assert not any(account.placed for account in site.policy._prices.accounts.values())
     assert site.policy._prices.known(worker.id) is None
 
 
@@ -321,7 +321,7 @@ def test_a_failed_request_leaves_no_debt():
     asked, worker = site.send(text_of(1, 50))
     site.answer(asked, worker, status=503)
     assert site.rows("x")[worker.id].wait == 0.0
-    assert site.policy._open == {}
+    assert not any(account.placed for account in site.policy._prices.accounts.values())
 
 
 def test_two_models_never_influence_each_other():

@@ -1,0 +1,59 @@
+"""What waits on a worker is asked for at every decision: what is remembered for that must be what the sum says."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from smg.fleet.service_model import PrefillModel
+from smg.fleet.worker import LoadReport
+from smg.policies.account import Account, Open
+from smg.policies.neighbours import Question
+from tests.smg.fleet.builders import workers_of
+
+QUESTION = Question((), 100, 1.0, None, 400)
+
+
+def sent(seconds: float, now: float, is_stream: bool) -> Open:
+    return Open(object(), seconds, now, is_stream, 0, QUESTION)
+
+
+@given(st.integers(0, 2**32), st.booleans())
+@settings(max_examples=100, deadline=None)
+def test_until_the_oldest_should_be_over_the_wait_is_the_end_of_all_less_now(seed, is_shared):
+    rng = Random(seed)
+    account = Account(PrefillModel(), is_shared=is_shared)
+    now, keys = 10.0, []
+    for key in range(60):
+        now += rng.choice([0.0, 0.01, 0.3])
+        step = rng.randrange(4)
+        if step < 2 or not keys:
+            account.place(key, sent(rng.choice([0.0, 0.05, 0.5]), now, rng.random() < 0.5))
+            keys.append(key)
+        else:
+            gone = keys.pop(rng.randrange(len(keys)))
+            if step == 2:
+                account.first_byte(gone, 1.0, now)
+            account.end(gone, now)
+        if now < account.head_until_s:
+            assert account.busy_until_s - now == pytest.approx(account.own_s(now), abs=1e-9)
+        if not account.open:
+            assert account.seconds == 0.0
+            assert account.own_s(now) == 0.0
+            assert not now < account.head_until_s
+
+
+def test_without_peers_the_level_begins_with_the_first_report_of_others():
+    (worker,) = workers_of(1)
+    account = Account(PrefillModel(), is_shared=False)
+    account.place(1, sent(2.0, 10.0, is_stream=True))
+    account.place(2, sent(3.0, 10.5, is_stream=True))
+    worker.in_flight = 2
+    account.note(worker, LoadReport(11.0, running=4, waiting=0), 1.0)
+    assert account.has_others
+    assert account.level_s(11.0) == pytest.approx(4.0)
+    account.place(3, sent(1.0, 12.0, is_stream=True))
+    assert account.level_s(12.0) > account.own_s(12.0) - 1e-9
