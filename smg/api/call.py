@@ -94,4 +94,7 @@ class Call:
 
     def tokens_estimate(self) -> int:
         """What the request may use in all, roughly: what is reserved for it before a worker is chosen (ADM-4)."""
-        return self.prompt_tokens_estimate() + self.output_tokens_asked()
+        endpoint, document = self.endpoint, self.document
+        return prompt_tokens_estimate(endpoint, document, self.text()) + output_tokens_asked(
+            endpoint, document
+        )

@@ -121,6 +121,13 @@ def prompt_tokens_estimate(endpoint: Endpoint, document: dict[str, Any], text: s
 
 def output_tokens_asked(endpoint: Endpoint, document: dict[str, Any]) -> int:
     """The most tokens that may be generated as the endpoint's own members say, over all choices; 0 when they say nothing."""
+    if endpoint.name == "chat":  # most of all: the lines below without their calls
+        most = document.get("max_completion_tokens")
+        if type(most) is not int or most <= 0:
+            most = document.get("max_tokens")
+            if type(most) is not int or most <= 0:
+                return 0
+        return most * (_count(document["n"]) or 1) if "n" in document else most
     member = _OUTPUT_MEMBERS.get(endpoint.name)
     if member is None:
         return 0
@@ -130,8 +137,6 @@ def output_tokens_asked(endpoint: Endpoint, document: dict[str, Any]) -> int:
         if not isinstance(words, dict):
             return 0
     most = _count(words.get(member))
-    if endpoint.name == "chat":
-        most = _count(words.get("max_completion_tokens")) or most
     if not most:
         return 0
     prompts = document.get("text" if endpoint.name == "generate" else "prompt")

@@ -17,7 +17,6 @@ from smg.gateway.decisions import Decisions
 from smg.gateway.mesh_api import MeshView
 from smg.net.plain import Request, Response, StreamResponse
 from smg.telemetry.metrics import CONTENT_TYPE, Metrics
-from smg.tenancy.admission import Admission
 from smg.ui.snapshot import Rooms, Snapshots
 from smg.ui.viewers import Ui
 
@@ -64,7 +63,7 @@ def ui_of(
     decisions: Decisions,
     mesh: MeshView | None,
     cache_samples: Callable[[], Iterable[Sample]],
-    admission: Admission,
+    waiting: Callable[[], tuple[int, int]],
 ) -> Ui:
     """The page of a node that is made of these rooms."""
     rooms = Rooms(
@@ -73,7 +72,7 @@ def ui_of(
         decisions=decisions,
         mesh=mesh,
         cache_samples=cache_samples,
-        waiting=lambda: (admission.in_flight, admission.waiting),
+        waiting=waiting,
         version=__version__,
     )
     return Ui(Snapshots(rooms, trio.current_time()).take, decisions.switch, time.time)

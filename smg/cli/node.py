@@ -237,7 +237,12 @@ class Node:
         if not self._settings.telemetry.ui:
             return MetricsPort(self.metrics, None)
         ui = ui_of(
-            self.registry, self.metrics, self._decisions, self.mesh, self._caches.samples, self._admission
+            self.registry,
+            self.metrics,
+            self._decisions,
+            self.mesh,
+            self._caches.samples,
+            self._scheduling.load,
         )
         return MetricsPort(self.metrics, ui)
 
@@ -331,7 +336,7 @@ class Node:
             self.registry,
             self._policies,
             self._admission,
-            self._scheduling.before(runner),
+            runner,
             self._tallies,
             self._readiness,
             self.accounting.accounts,
@@ -339,6 +344,7 @@ class Node:
             needs_key=settings.routing.routing_key_override,
             is_pair=settings.pd.pd_disaggregation,
             decisions=self._decisions,
+            turns=self._scheduling.turns(),
         )
         return App(
             generate,

@@ -17,7 +17,6 @@ from smg.fleet.pool import Pool
 from smg.fleet.registry import Registry
 from smg.fleet.service_model import PrefillModels
 from smg.gateway.gates import Tenants
-from smg.gateway.generate import Runner
 from smg.gateway.turns import Turns, may_preempt
 from smg.net.readiness import Readiness
 from smg.services.fleet_slots import FleetSlots
@@ -70,11 +69,11 @@ class Scheduling:
             self._scheduler = Scheduler(self._read_rules(), may_preempt)
         metrics.add_source(self._samples)
 
-    def before(self, runner: Runner) -> Runner:
-        """What stands before `runner`: the scheduler's shell, or the runner itself."""
+    def turns(self) -> Turns | None:
+        """The scheduler's shell, to be made once; None without a scheduler."""
         scheduler = self._scheduler
         if scheduler is None:
-            return runner
+            return None
         limit = self._limits.max_concurrent_requests
         fleet = FleetSlots(
             self._registry,
@@ -83,9 +82,7 @@ class Scheduling:
             is_pair=self._is_pair,
             log=logs.logger("smg.scheduler"),
         )
-        self._turns = Turns(
-            runner, scheduler, fleet, self._tenants, self._estimate, self._readiness, self._metrics
-        )
+        self._turns = Turns(scheduler, fleet, self._tenants, self._estimate, self._readiness, self._metrics)
         self._metrics.add_source(self._turns.samples)
         return self._turns
 
@@ -122,13 +119,21 @@ class Scheduling:
         lines = differences(scheduler.rules, rules)
         return Change(tuple(lines), lambda: turns.configure(rules)) if lines else None
 
-    def _samples(self) -> Iterator[Sample]:
-        """What the door counts; who waits for the scheduler has passed it and is not in flight yet."""
+    def load(self) -> tuple[int, int]:
+        """(requests in flight, requests that wait for a slot or their turn)."""
         admission, scheduler = self.admission, self._scheduler
-        waiting = refused = 0
+        if scheduler is None:
+            return admission.in_flight, admission.waiting
+        return sum(scheduler.in_flight), sum(scheduler.waiting)
+
+    def _samples(self) -> Iterator[Sample]:
+        """What the door counts, or with a scheduler the scheduler: then the door only refuses what is over the rate."""
+        admission, scheduler = self.admission, self._scheduler
+        admitted, rejected = admission.admitted_total, admission.rejected_total
         if scheduler is not None:
-            waiting = sum(scheduler.waiting)
-            refused = sum(scheduler.counts.refused_full) + sum(scheduler.counts.refused_late)
-        yield "smg_admission_inflight", (), float(admission.in_flight - waiting)
-        yield "smg_http_rate_limit_total", ("allowed",), float(admission.admitted_total - refused - waiting)
-        yield "smg_http_rate_limit_total", ("rejected",), float(admission.rejected_total + refused)
+            counts = scheduler.counts
+            admitted = sum(counts.admitted)
+            rejected += sum(counts.refused_full) + sum(counts.refused_late)
+        yield "smg_admission_inflight", (), float(self.load()[0])
+        yield "smg_http_rate_limit_total", ("allowed",), float(admitted)
+        yield "smg_http_rate_limit_total", ("rejected",), float(rejected)

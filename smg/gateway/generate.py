@@ -25,11 +25,13 @@ from smg.gateway.receipts import receipted
 from smg.gateway.resolve import key_headers as resolve_key_headers
 from smg.gateway.resolve import model_of, no_pool, pair_pool, routing_key_of
 from smg.gateway.tallies import LANES_MAX, Lane, Tallies
+from smg.gateway.turns import Turns
 from smg.net.exchange import Exchange
 from smg.net.readiness import Parking, Readiness
 from smg.policies.routing_table import PolicyTable
-from smg.tenancy.admission import EXPIRED, Admission, Ticket
+from smg.tenancy.admission import EXPIRED, WAITING, Admission, Ticket
 from smg.tenancy.limits import Reservation
+from smg.tenancy.scheduler import Ticket as Turn
 from smg.wire.json_splice import quoted, replace_member
 
 CLIENT_GONE_STATUS = 499  # the status under which a departed client is counted; nobody is sent it
@@ -48,7 +50,7 @@ class Generate:
 
     `key_headers` are the names of `--routing-key-headers`; `needs_key` is true when every policy obeys the key
     (`--routing-key-override`). `is_pair`: calls go to a prefill and a decode worker (section 18). `decisions`: where
-    choices are noted while somebody watches.
+    choices are noted while somebody watches. `turns`: the priority scheduler, behind the door of `admission`.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Generate:
         needs_key: bool = False,
         is_pair: bool = False,
         decisions: Decisions | None = None,
+        turns: Turns | None = None,
     ) -> None:
         self._registry = registry
         self._policies = policies
@@ -81,6 +84,8 @@ class Generate:
         self._readiness = readiness
         self._lanes: dict[tuple[str, str, bool], Lane] = {}
         self._decisions = decisions
+        self._turns = turns
+        self._has_door = turns is None or admission.rate_limit is not None
         readiness.add_sweeper(self._expire)
         registry.subscribe(self._changed)
         if decisions is not None:
@@ -93,6 +98,9 @@ class Generate:
         reservation: Reservation | None = None
         readiness = self._readiness
         accounts = self._accounts
+        turns = self._turns
+        turn: Turn | None = None
+        status = 0
         try:
             fields = exchange.head.fields
             if b"content-encoding" in fields:
@@ -115,17 +123,24 @@ class Generate:
                 reservation = accounts.reserve(exchange, call, readiness.now_s)
             queued_s = 0.0
             admission = self._admission
-            ticket = admission.enter(readiness.now_s)
+            ticket = admission.enter(readiness.now_s) if self._has_door else None
             if ticket is not None:
                 now = readiness.now_s
                 await self._wait_turn(exchange, ticket)
                 queued_s = trio.current_time() - now
             try:
+                if turns is not None:
+                    turn = turns.enter(exchange, call, pool)
+                    if turn.state is WAITING:
+                        await turns.wait(exchange, call, turn)
                 status = await self._dispatch.run(exchange, call, pool, lane, query)
             finally:
-                next_ticket = admission.leave()
-                if next_ticket is not None:
-                    self._wake(next_ticket)
+                if turn is not None and turns is not None:
+                    turns.leave(turn, status == 200)
+                if self._has_door:
+                    next_ticket = admission.leave()
+                    if next_ticket is not None:
+                        self._wake(next_ticket)
             now = readiness.now_s
             lane.series.finished(status, "", now - exchange.started_s, queued_s or call.queued_s)
             accounts.answered(exchange, call, lane, reservation, status, now)

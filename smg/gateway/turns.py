@@ -1,4 +1,4 @@
-"""A request waits for its turn: the shell around the priority scheduler, between `generate` and dispatch (ADM-6, ADM-7).
+"""A request waits for its turn: the shell around the priority scheduler, which `generate` asks before dispatch (ADM-6, ADM-7).
 
 Owns what the scheduler must not know: headers, tenants, tasks that park and are woken or interrupted, and the counts by tenant.
 Who goes when is the scheduler's word alone. It must never touch an answer: a preempted request raises its error where it
@@ -13,13 +13,11 @@ from functools import partial
 from smg.api.call import Call
 from smg.fleet.pool import Pool
 from smg.gateway.gates import Tenants
-from smg.gateway.generate import Runner
-from smg.gateway.tallies import Lane
 from smg.net.exchange import Exchange
 from smg.net.readiness import Readiness
 from smg.services.fleet_slots import FleetSlots
 from smg.telemetry.metrics import OTHER, Histogram, Metrics
-from smg.tenancy.admission import EXPIRED, WAITING
+from smg.tenancy.admission import ADMITTED, EXPIRED
 from smg.tenancy.priorities import CLASS_NAMES, DEFAULT, Rules, rank_of
 from smg.tenancy.scheduler import PREEMPTED, Scheduler, Ticket
 from smg.tenancy.slots import NO_BOUND
@@ -33,14 +31,13 @@ def may_preempt(waiter: object) -> bool:
 
 
 class Turns:
-    """Runs calls when it is their turn; stands before another runner.
+    """Tells calls when it is their turn: `enter`, perhaps `wait`, and `leave` exactly once after every `enter` that did not raise.
 
     `estimate` gives the expected seconds of a call's prefill.
     """
 
     def __init__(
         self,
-        runner: Runner,
         scheduler: Scheduler,
         fleet: FleetSlots,
         tenants: Tenants,
@@ -48,7 +45,6 @@ class Turns:
         readiness: Readiness,
         metrics: Metrics,
     ) -> None:
-        self._runner = runner
         self._scheduler = scheduler
         self._fleet = fleet
         self._tenants = tenants
@@ -60,10 +56,10 @@ class Turns:
         ]
         readiness.add_sweeper(self._sweep)
 
-    async def run(self, exchange: Exchange, call: Call, pool: Pool, lane: Lane, query: bytes) -> int:
-        """As `Runner.run`; raises `GatewayError` 429 and 503 of the scheduler too."""
-        readiness, scheduler, fleet = self._readiness, self._scheduler, self._fleet
-        now = readiness.now_s
+    def enter(self, exchange: Exchange, call: Call, pool: Pool) -> Ticket:
+        """The call's ticket: whose state is WAITING has to `wait`. Raises `GatewayError` 429 of the scheduler (ERR-12)."""
+        scheduler, fleet = self._scheduler, self._fleet
+        now = self._readiness.now_s
         if fleet.is_stale:
             self._act(fleet.refit(now))
         head = exchange.head
@@ -72,33 +68,41 @@ class Turns:
         if HEADER in head.fields or rules.tenants:
             rank = self._rank(exchange, tenant, rules)
         else:
-            rank = min(DEFAULT, rules.default_max_rank)
+            rank = rules.default_rank
+        is_stream = call.is_stream
         ticket = scheduler.enter(
-            fleet.gate_of(pool),
+            fleet.gates.get(pool.model) or fleet.gate_of(pool),
             rank,
             tenant,
             self._estimate(call, pool),
-            call.is_stream,
+            is_stream,
             exchange,
             now,
         )
         if scheduler.others:
             self._act(scheduler.take_others())
-        if ticket.state is WAITING:
-            await self._wait_turn(exchange, ticket)
-            call.queued_s = queued_s = ticket.admitted_s - now
-            self._waits[ticket.rank].observe(queued_s)
-        is_answered = False
-        if call.is_stream:
+        if is_stream:
             call.begun = partial(self._first_byte, ticket)
-        try:
-            status = await self._runner.run(exchange, call, pool, lane, query)
-            is_answered = status == 200
-            return status
-        finally:
-            changed = scheduler.leave(ticket, readiness.now_s, is_answered)
-            if changed:
-                self._act(changed)
+        return ticket
+
+    async def wait(self, exchange: Exchange, call: Call, ticket: Ticket) -> None:
+        """Waits for the turn. Raises `GatewayError` 503 of the scheduler (ERR-14, ERR-20)."""
+        await exchange.parking.wait_woken()
+        if ticket.state is EXPIRED:
+            raise self._scheduler.timeout_error()
+        # Nobody is preempted between its turn and its waking: `may_preempt` wants tasks that are parked.
+        call.queued_s = queued_s = ticket.admitted_s - ticket.entered_s
+        self._waits[ticket.rank].observe(queued_s)
+
+    def leave(self, ticket: Ticket, is_answered: bool) -> None:
+        """The call is over, whatever became of it; `is_answered`: a worker did what it asked for."""
+        now = self._readiness.now_s
+        if ticket.state is ADMITTED:
+            changed = self._scheduler.leave(ticket, now, is_answered)
+        else:
+            changed = self._scheduler.abandon(ticket, now)
+        if changed:
+            self._act(changed)
 
     def configure(self, rules: Rules) -> None:
         """Other rules hold from now on (reload)."""
@@ -170,16 +174,6 @@ class Turns:
     def _shown(self, tenant: str) -> str:
         """The tenant as a label: those that the file names, so that clients cannot grow the series."""
         return tenant if tenant in self._scheduler.rules.tenants else OTHER
-
-    async def _wait_turn(self, exchange: Exchange, ticket: Ticket) -> None:
-        try:
-            await exchange.parking.wait_woken()
-        except BaseException:
-            self._act(self._scheduler.abandon(ticket, self._readiness.now_s))
-            raise
-        if ticket.state is EXPIRED:
-            raise self._scheduler.timeout_error()
-        # Nobody is preempted between its turn and its waking: `may_preempt` wants tasks that are parked.
 
     def _first_byte(self, ticket: Ticket, now: float) -> None:
         changed = self._scheduler.first_byte(ticket, now)

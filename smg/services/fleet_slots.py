@@ -37,7 +37,8 @@ class FleetSlots:
         self._scheduler = scheduler
         self._is_pair = is_pair
         self._log = log
-        self._gates: dict[str, Gate] = {}  # by model
+        self.gates: dict[str, Gate] = {}
+        """The gates by model, as of the last `refit`."""
         self._starting: dict[Gate, list[Worker]] = {}  # the ready workers that prefill behind each gate
         self._observed_s = 0.0
         self._orphans: list[Gate] = []  # of fleets that are gone, until nobody is there any more
@@ -55,7 +56,7 @@ class FleetSlots:
 
         A pool whose last worker has left since it was looked up gets an open one: dispatch knows what to tell its request.
         """
-        gate = self._gates.get(pool.model)
+        gate = self.gates.get(pool.model)
         if gate is None:
             gate = Gate(self._common or self._new_slots())
             self._orphans.append(gate)
@@ -64,7 +65,7 @@ class FleetSlots:
     def refit(self, now: float) -> list[Ticket]:
         """Works everything out anew. Returns whom the scheduler's shell has to act on."""
         self.is_stale = False
-        old, self._gates = self._gates, {}
+        old, self.gates = self.gates, {}
         self._starting.clear()
         free = dict.fromkeys(old.values())
         changed: list[Ticket] = []
@@ -74,7 +75,7 @@ class FleetSlots:
                 gate = Gate(self._common or self._new_slots())
             free.pop(gate, None)
             gate.widen(len(starting), self._scheduler.rules.prefill_ahead_s is not None)
-            self._gates |= dict.fromkeys(models, gate)
+            self.gates |= dict.fromkeys(models, gate)
             self._starting[gate] = starting
             if self._common is None:
                 capacity = sum(map(slots_of, running)) if starting else NO_BOUND

@@ -130,22 +130,26 @@ class Bucket:
         """Takes `amount` if it is there, or if the bucket is full and it is more than a full one; False: nothing was taken."""
         self._asked += amount
         balance = self._balance
-        burst = self.burst
-        elapsed_s = now - self._at_s
-        if elapsed_s > 0.0:
+        if now > self._at_s:
+            balance += (now - self._at_s) * self.rate_per_s
+            if balance > self.burst:
+                balance = self.burst
             self._at_s = now
-            balance += elapsed_s * self.rate_per_s
-            if balance > burst:
-                balance = burst
+        if balance + SLACK < amount and (balance + SLACK < self.burst or self.burst <= 0.0):
             self._balance = balance
-        if balance + SLACK < amount and (balance + SLACK < burst or burst <= 0.0):
             return False
         self._balance = balance - amount
         return True
 
+    def ask(self, amount: float) -> None:
+        """Counts as demand what another bucket has refused."""
+        self._asked += amount
+
     def give_back(self, amount: float, now: float) -> None:
         """Returns a part of what was taken; a negative amount takes more. Never above the burst."""
-        self._balance = min(self.balance(now) + amount, self.burst)
+        # What comes back before the refill or after it is the same; what is owed has to come out of the refilled bucket.
+        balance = (self._balance if amount >= 0.0 else self.balance(now)) + amount
+        self._balance = balance if balance < self.burst else self.burst
 
     def wait_s(self, amount: float, now: float) -> float:
         """Seconds until `amount` could be taken if nobody else takes any; a guess while the share is nothing."""
@@ -214,7 +218,10 @@ class Reservation:
 
     def settle(self, used_tokens: float, now: float) -> None:
         """The request has used so many tokens; the request itself stays counted."""
-        self._end()
+        account = self._account
+        assert account is not None, "a reservation was ended twice"
+        self._account = None
+        account.open_count -= 1
         rest = self.tokens - used_tokens
         if rest:
             for bucket in self._buckets:
@@ -223,15 +230,12 @@ class Reservation:
 
     def refund(self, now: float) -> None:
         """Nothing was answered: everything comes back."""
-        self._end()
-        for bucket in self._buckets:
-            bucket.give_back(self.tokens if bucket.kind is TOKENS else 1.0, now)
-
-    def _end(self) -> None:
         account = self._account
         assert account is not None, "a reservation was ended twice"
         self._account = None
         account.open_count -= 1
+        for bucket in self._buckets:
+            bucket.give_back(self.tokens if bucket.kind is TOKENS else 1.0, now)
 
 
 class Account:
@@ -240,14 +244,15 @@ class Account:
     `open_count` is the number of reservations that are not ended.
     """
 
-    __slots__ = ("_buckets", "_for_model", "name", "open_count", "plan")
+    __slots__ = ("_buckets", "known", "name", "open_count", "plan")
 
     def __init__(self, name: str, plan: Plan) -> None:
         self.name = name
         self.plan = plan
         self.open_count = 0
         self._buckets: dict[tuple[str, str], Bucket] = {}
-        self._for_model: dict[str, tuple[Bucket, ...]] = {}
+        self.known: dict[str, tuple[Bucket, ...]] = {}
+        """What `for_model` has found, by model."""
 
     def buckets(self) -> Iterable[Bucket]:
         """All that were needed so far."""
@@ -259,12 +264,12 @@ class Account:
 
     def for_model(self, model: str, first: First, now: float) -> tuple[Bucket, ...]:
         """The buckets that a request for a model must pass; empty when nothing limits it."""
-        found = self._for_model.get(model)
+        found = self.known.get(model)
         if found is None:
             found = self._find(model, first, now)
-            if len(self._for_model) >= MODELS_REMEMBERED:
-                self._for_model.clear()
-            self._for_model[model] = found
+            if len(self.known) >= MODELS_REMEMBERED:
+                self.known.clear()
+            self.known[model] = found
         return found
 
     def is_idle(self, now: float) -> bool:
@@ -274,7 +279,7 @@ class Account:
     def adopt(self, plan: Plan, now: float) -> None:
         """Takes another plan. Buckets that are still limits keep their balances; the others are forgotten."""
         self.plan = plan
-        self._for_model.clear()
+        self.known.clear()
         limits: dict[tuple[str, str], int] = {}
         for kind, per_minute in _kinds(plan):
             limits["", kind] = per_minute
@@ -368,34 +373,24 @@ class TenantLimits:
         account = self._named.get(tenant) or self._others.get(tenant) or self._new(tenant, now)
         if account is None:
             return None
-        buckets = account.for_model(model, self.first, now)
+        buckets = account.known.get(model)
+        if buckets is None:
+            buckets = account.for_model(model, self.first, now)
         if not buckets:
             return None
         if self.heeds_demand and len(self._asked) < ASKED_MAX:
             self._asked.update(dict.fromkeys(buckets))
-        tokens = -1.0
-        refusing = False
-        taken = 0  # a bit for each bucket that has given
-        bit = 1
-        for bucket in buckets:
+        tokens = 0.0
+        has_estimate = False
+        for place, bucket in enumerate(buckets):
             if bucket.kind is REQUESTS:
                 has_given = bucket.take(1.0, now)
             else:
-                if tokens < 0.0:
-                    tokens = estimate()
+                if not has_estimate:
+                    tokens, has_estimate = estimate(), True
                 has_given = tokens <= bucket.per_minute and bucket.take(tokens, now)
-            if has_given:
-                taken |= bit
-            else:
-                refusing = True
-            bit += bit
-        if tokens < 0.0:
-            tokens = 0.0
-        if refusing:
-            for place, bucket in enumerate(buckets):
-                if taken >> place & 1:
-                    bucket.give_back(1.0 if bucket.kind is REQUESTS else tokens, now)
-            raise _refusal(buckets, tokens, now)
+            if not has_given:
+                raise _refused(buckets, place, tokens if has_estimate else estimate(), now)
         account.open_count += 1
         return Reservation(account, buckets, tokens)
 
@@ -466,6 +461,17 @@ def _kinds(limits: Plan | Rule) -> Iterator[tuple[str, int]]:
         yield REQUESTS, limits.requests_per_minute
     if limits.tokens_per_minute is not None:
         yield TOKENS, limits.tokens_per_minute
+
+
+def _refused(buckets: tuple[Bucket, ...], refusing: int, tokens: float, now: float) -> TenantLimited:
+    """The bucket at `refusing` has not given: those before it get back what they gave, those behind it hear what was asked."""
+    for place, bucket in enumerate(buckets):
+        amount = 1.0 if bucket.kind is REQUESTS else tokens
+        if place < refusing:
+            bucket.give_back(amount, now)
+        elif place > refusing:
+            bucket.ask(amount)
+    return _refusal(buckets, tokens, now)
 
 
 def _refusal(buckets: tuple[Bucket, ...], tokens: float, now: float) -> TenantLimited:

@@ -26,10 +26,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 
+import msgspec
+
 from smg.errors import GatewayError
 from smg.tenancy.admission import ADMITTED, EXPIRED, LEFT, RETRY_AFTER_S, WAITING
 from smg.tenancy.priorities import CLASS_NAMES, PREFILL_AHEAD_S, RANKS, Rules
-from smg.tenancy.slots import PACE_MIN, SIZE_MIN, Gate, Slots, size_of
+from smg.tenancy.slots import FRESH_MAX, SIZE_MIN, Gate, Slots, size_of
 
 PREEMPTED = "preempted"
 RETRY_PREEMPTED_S = 1.0
@@ -41,52 +43,25 @@ PREEMPT_LOOKS_MAX = 64
 NOBODY: Sequence[Ticket] = ()
 
 
-class Ticket:
+class Ticket(msgspec.Struct, eq=False):
     """A request at the scheduler. `waiter` belongs to the gateway: whatever it wakes and interrupts the request by.
 
     `size` is what it needs of its gate and `share` what it holds of it. `weighted_s` and `deadline_s` are set when it waits.
     """
 
-    __slots__ = (
-        "admitted_s",
-        "cost_s",
-        "deadline_s",
-        "entered_s",
-        "gate",
-        "is_stream",
-        "rank",
-        "share",
-        "size",
-        "state",
-        "tenant",
-        "waiter",
-        "weighted_s",
-    )
-
-    deadline_s: float
-    weighted_s: float
-
-    def __init__(
-        self,
-        gate: Gate,
-        rank: int,
-        tenant: str,
-        cost_s: float,
-        size: float,
-        is_stream: bool,
-        waiter: object,
-        now: float,
-    ) -> None:
-        self.gate = gate
-        self.rank = rank
-        self.tenant = tenant
-        self.cost_s = cost_s
-        self.size = size
-        self.is_stream = is_stream
-        self.waiter = waiter
-        self.entered_s = self.admitted_s = now
-        self.share = 0.0
-        self.state = WAITING
+    gate: Gate
+    rank: int
+    tenant: str
+    cost_s: float
+    size: float
+    is_stream: bool
+    waiter: object
+    entered_s: float
+    admitted_s: float
+    state: str = WAITING
+    share: float = 0.0
+    weighted_s: float = 0.0
+    deadline_s: float = 0.0
 
 
 class Counts:
@@ -164,21 +139,38 @@ class Scheduler:
 
         The ticket is ADMITTED or WAITING. Raises GatewayError 429 `scheduler_queue_full` (ERR-12), and nothing has changed.
         """
-        slots = gate.slots
-        ahead_s = self._ahead_s
+        slots, ahead_s = gate.slots, self._ahead_s
         needed_s = cost_s if is_stream or gate.pace > 1.0 else cost_s * gate.pace
-        # As `size_of`: this is the way of every request that finds room.
+        # As `size_of`, `_start` and `_admit`, without their calls: this is the way of every request that finds room.
         size = 1.0 if needed_s >= ahead_s else needed_s / ahead_s if needed_s > 0.0 else SIZE_MIN
-        ticket = Ticket(gate, rank, tenant, cost_s, size, is_stream, waiter, now)
-        if not gate.waiting:
-            if gate.open + size > gate.places:
-                gate.release_due(now)
-            if gate.open + size <= gate.places and (
-                slots.total < slots.free_total or slots.free_for(rank) > 0
-            ):
-                self._start(ticket, gate, rank, now)
-                return ticket
-        self._enter_full(ticket, now)
+        ticket = Ticket(gate, rank, tenant, cost_s, size, is_stream, waiter, now, now)
+        if gate.open + size > gate.places and not gate.waiting:
+            gate.release_due(now)
+        if (
+            gate.waiting
+            or gate.open + size > gate.places
+            or (slots.total >= slots.free_total and slots.free_for(rank) <= 0)
+        ):
+            self._enter_full(ticket, now)
+            return ticket
+        rules = self.rules
+        weighted_s = cost_s / rules.weight(tenant) if rules.tenants else cost_s
+        gate.queues[rank].charge(tenant, weighted_s, not gate.holders)
+        ticket.state = ADMITTED
+        slots.used[rank] += 1
+        slots.total += 1
+        slots.preemptable[rank][ticket] = None
+        if slots.waiting_total:
+            slots.promoted_s[rank] = now
+        ticket.share = size
+        gate.open += size
+        gate.holders += 1
+        if not is_stream:
+            fresh = gate.fresh
+            fresh.append(ticket)
+            if len(fresh) >= FRESH_MAX:
+                gate.sort()
+        self.counts.admitted[rank] += 1
         return ticket
 
     def take_others(self) -> Sequence[Ticket]:
@@ -194,7 +186,7 @@ class Scheduler:
             victim = self._victim(ticket)
             if victim is not None:
                 self._give_way(victim, rank)
-                self._start(ticket, gate, rank, now)
+                self._start(ticket, gate, slots, now)
                 self.others += (victim, *self._fill(slots, now))
                 return
         if self._waiting[rank] >= rules.classes[rank].queue_size:
@@ -237,10 +229,16 @@ class Scheduler:
         slots.used[rank] -= 1  # as `give_back`: the way of every request
         slots.total -= 1
         slots.preemptable[rank].pop(ticket, None)
-        if ticket.share:
-            if is_answered and not ticket.is_stream and gate.pace > PACE_MIN:
+        share = ticket.share
+        if share:
+            if is_answered and not ticket.is_stream and now - ticket.admitted_s < gate.pace * ticket.cost_s:
                 gate.learn(ticket, now - ticket.admitted_s)
-            gate.release(ticket)
+            if gate.holders > 1:  # as `release`
+                ticket.share = 0.0
+                gate.open -= share
+                gate.holders -= 1
+            else:
+                gate.release(ticket)
         return self._fill(slots, now) if slots.waiting_total else NOBODY
 
     def abandon(self, ticket: Ticket, now: float) -> Sequence[Ticket]:
@@ -328,17 +326,16 @@ class Scheduler:
 
     # -- who goes
 
-    def _start(self, ticket: Ticket, gate: Gate, rank: int, now: float) -> None:
+    def _start(self, ticket: Ticket, gate: Gate, slots: Slots, now: float) -> None:
         """`ticket` goes at once, without having waited."""
         rules = self.rules
         weighted_s = ticket.cost_s / rules.weight(ticket.tenant) if rules.tenants else ticket.cost_s
-        gate.queues[rank].charge(ticket.tenant, weighted_s, gate.is_idle and not gate.waiting)
-        self._admit(ticket, gate, rank, now)
+        gate.queues[ticket.rank].charge(ticket.tenant, weighted_s, not (gate.holders or gate.waiting))
+        self._admit(ticket, gate, slots, now)
 
-    def _admit(self, ticket: Ticket, gate: Gate, rank: int, now: float) -> None:
+    def _admit(self, ticket: Ticket, gate: Gate, slots: Slots, now: float) -> None:
+        rank = ticket.rank
         ticket.state = ADMITTED
-        ticket.admitted_s = now
-        slots = gate.slots
         slots.used[rank] += 1
         slots.total += 1
         slots.preemptable[rank][ticket] = None
@@ -364,7 +361,8 @@ class Scheduler:
             slots.waiting[rank] -= 1
             slots.waiting_total -= 1
             self._waiting[rank] -= 1
-            self._admit(ticket, gate, rank, now)
+            ticket.admitted_s = now
+            self._admit(ticket, gate, slots, now)
             gone.append(ticket)
         return gone
 

@@ -43,6 +43,10 @@ _PACE_RETURN = 0.005
 """Per second, the way back to the estimate where engines tell nothing."""
 
 
+FRESH_MAX = 1_024
+"""Shares that may stand unsorted; nearly all of them are over by then."""
+
+
 class Slots:
     """Slots of the requests that are with workers; those of one fleet, or one number for all (`--max-concurrent-requests`).
 
@@ -108,15 +112,16 @@ class Gate:
     """The way to one set of workers.
 
     `places` is the number of workers, or without bound when there is none (dispatch knows what to tell them) or none is
-    wanted. `open` is the prefill under way, in places; `waiting` the requests in the queues. `pace` corrects
+    wanted. `open` is the prefill under way, in places, of `holders` requests; `waiting` the requests in the queues. `pace` corrects
     the estimates of answers that are no streams.
     """
 
     __slots__ = (
-        "_holders",
         "_holds",
         "_sequence",
         "_stalled_s",
+        "fresh",
+        "holders",
         "open",
         "pace",
         "places",
@@ -135,16 +140,18 @@ class Gate:
         self.queues: tuple[FairQueue[Ticket], ...] = tuple(FairQueue() for _ in RANKS)
         self.waiting = 0
         self.pace = 1.0
-        self._holders = 0
+        self.holders = 0
         # Shares of answers that are no streams: nothing tells when their prefill ends, so they end by the estimate.
         self._holds: list[tuple[float, int, Ticket]] = []
+        self.fresh: list[Ticket] = []
+        """The latest of these shares, not in order yet: most answers end before anybody has to look."""
         self._stalled_s = 0.0  # what the clock of these estimates is behind
         self._sequence = 0
 
     @property
     def is_idle(self) -> bool:
         """Whether no prefill is under way."""
-        return not self._holders
+        return not self.holders
 
     def widen(self, workers: int, is_bounded: bool) -> None:
         """So many workers stand behind the gate now; `is_bounded`: prefill is bounded at all."""
@@ -159,28 +166,27 @@ class Gate:
         """The prefill of `ticket` is under way."""
         ticket.share = ticket.size
         self.open += ticket.size
-        self._holders += 1
+        self.holders += 1
         if not ticket.is_stream:
-            self._sequence = sequence = self._sequence + 1
-            holds = self._holds
-            heappush(holds, (now - self._stalled_s + ticket.cost_s * self.pace, sequence, ticket))
-            if len(holds) > 2 * self._holders + 64:
-                self._trim()  # most answers end before their estimate does
+            self.fresh.append(ticket)
+            if len(self.fresh) >= FRESH_MAX:
+                self.sort()
 
     def release(self, ticket: Ticket) -> None:
         """The prefill of `ticket` is over; nothing when that was known already."""
         if ticket.share:
             self.open -= ticket.share
             ticket.share = 0.0
-            self._holders -= 1
-            if not self._holders:
+            self.holders -= 1
+            if not self.holders:
                 self.open = 0.0  # rounding must not add up over weeks
                 self._holds.clear()
+                self.fresh.clear()
 
     def release_due(self, now: float) -> None:
         """Lets go of the shares whose estimated time is over."""
-        if len(self._holds) > self._holders:
-            self._trim()
+        if self.fresh or len(self._holds) > self.holders:
+            self.sort()
         holds = self._holds
         by_s = now - self._stalled_s
         while holds and holds[0][0] <= by_s:
@@ -189,15 +195,14 @@ class Gate:
     @property
     def due_s(self) -> float:
         """When the next share ends by the estimate."""
-        return (
-            min((due_s for due_s, _, ticket in self._holds if ticket.share), default=math.inf)
-            + self._stalled_s
-        )
+        self.sort()
+        held = (due_s for due_s, _, ticket in self._holds if ticket.share)
+        return min(held, default=math.inf) + self._stalled_s
 
     @property
     def has_estimates(self) -> bool:
         """Whether a share may be held whose end only the estimate tells."""
-        return bool(self._holds)
+        return bool(self._holds or self.fresh)
 
     def observe(self, seconds: float, waiting: Sequence[int]) -> None:
         """For so long the engines behind the gate, those that tell, have had so many requests waiting each.
@@ -206,25 +211,35 @@ class Gate:
         adds up, prefill by prefill, to a queue in the engines. And the pace follows, while it is what requests wait for:
         slower where work waits, a little faster where none does, so that it settles where work waits a twentieth of the time.
         """
-        if not self._holders or not self._holds:
+        self.sort()
+        if not self.holders or not self._holds:
             return
         if not waiting:
             if self.pace < 1.0:
                 self.pace *= 1.0 + _PACE_RETURN * seconds
             return
-        size = max(self.open / self._holders, 0.1)
+        size = max(self.open / self.holders, 0.1)
         backed_up_ratio = sum(count * size + _ROUNDING >= 1.0 for count in waiting) / len(waiting)
         self._stalled_s += seconds * backed_up_ratio
         if self.waiting and self.open + 1.0 > self.places:
             slower, faster = _PACE_UP * backed_up_ratio, _PACE_DOWN / size * (1.0 - backed_up_ratio)
             self.pace = min(max(self.pace * (1.0 + (slower - faster) * seconds), PACE_MIN), PACE_MAX)
 
-    def _trim(self) -> None:
-        self._holds = [hold for hold in self._holds if hold[2].share]
-        heapify(self._holds)
+    def sort(self) -> None:
+        """Puts the latest shares in order, and forgets those that are over."""
+        holds = self._holds
+        if len(holds) > self.holders:
+            self._holds = holds = [hold for hold in holds if hold[2].share]
+            heapify(holds)
+        for ticket in self.fresh:
+            if ticket.share:
+                self._sequence += 1
+                due_s = ticket.admitted_s - self._stalled_s + ticket.cost_s * self.pace
+                heappush(holds, (due_s, self._sequence, ticket))
+        self.fresh.clear()
 
     def learn(self, ticket: Ticket, seconds: float) -> None:
         """An answer that is no stream came whole so long after its request was let through: no prefill took longer."""
         ratio = seconds / ticket.cost_s if ticket.cost_s > 0 else 1.0
-        if ratio < self.pace:
+        if ratio < self.pace and self.pace > PACE_MIN:
             self.pace += _PACE_LEARNED * (max(ratio, PACE_MIN) - self.pace)

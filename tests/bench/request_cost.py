@@ -18,10 +18,12 @@ from random import Random
 import trio
 
 from smg.backends.http_worker import HttpWorkers
+from smg.cli.scheduling import Scheduling
 from smg.fleet.breaker import Breaker, BreakerRules
 from smg.fleet.health import Health, HealthRules
 from smg.fleet.registry import Registry
 from smg.fleet.retry import RetryBudget, RetryRules
+from smg.fleet.service_model import PrefillModels
 from smg.fleet.worker import ModelCard, Status, WorkerSpec
 from smg.gateway import routes
 from smg.gateway.accounts import Accounts
@@ -31,22 +33,26 @@ from smg.gateway.gates import Gates, Tenants
 from smg.gateway.generate import Generate
 from smg.gateway.relay import StreamBounds
 from smg.gateway.tallies import Tallies
+from smg.gateway.turns import Turns
 from smg.net.exchange import Exchange, ServerLimits
 from smg.net.pool import ConnectionPool
 from smg.net.readiness import Readiness, Slot
 from smg.net.server import Server
 from smg.net.upstream import Upstream
 from smg.policies.routing_table import PolicyTable
-from smg.settings import Routing
+from smg.settings import Limits, Routing, Settings
 from smg.telemetry.metrics import Metrics
 from smg.tenancy.admission import Admission
 from smg.tenancy.keys import KeyRing, Principal
+from smg.tenancy.limits import TenantLimits
+from smg.tenancy.plans import Plan, Plans
 from smg.tenancy.usage import Book
 from smg.wire.http1 import RequestReader
 
 REQUESTS = 4000
 ROUNDS = 8
 KEYS_BUDGET_US = 1.5
+PLANS = Plans(default_policy=Plan(requests_per_minute=10**9, tokens_per_minute=10**12))
 BUDGET_US = 25.0  # 17 when this was written, on the machine of docs/performance.md
 
 BODY = b'{"model":"m","messages":[{"role":"user","content":"%b"}],"max_tokens":16}' % (
@@ -110,7 +116,9 @@ class Engine:
         pass
 
 
-def _server(readiness: Readiness, policy: str, has_keys: bool, cached_tokens: int) -> Server:
+def _server(
+    readiness: Readiness, policy: str, has_keys: bool, cached_tokens: int, has_limits: bool, has_turns: bool
+) -> Server:
     rng = Random(1)
     registry = Registry(
         aliases={},
@@ -145,8 +153,16 @@ def _server(readiness: Readiness, policy: str, has_keys: bool, cached_tokens: in
         sheds_overload=False,
     )
     table = PolicyTable(Routing(policy=policy), registry)
-    accounts = Accounts(Tenants(), Book(), tallies.metrics, None)
-    generate = Generate(registry, table, Admission(4096, 100, 60), dispatch, tallies, readiness, accounts)
+    limits = TenantLimits(PLANS) if has_limits else None
+    accounts = Accounts(Tenants(), Book(), tallies.metrics, limits)
+    turns: Turns | None = None
+    if has_turns:
+        settings = Settings(limits=Limits(priority_scheduler_enabled=True))
+        scheduling = Scheduling(settings, registry, PrefillModels(), Tenants(), readiness, tallies.metrics)
+        turns = scheduling.turns()
+    generate = Generate(
+        registry, table, Admission(4096, 100, 60), dispatch, tallies, readiness, accounts, turns=turns
+    )
 
     async def nothing(request: object) -> object:
         raise AssertionError
@@ -173,15 +189,23 @@ def _server(readiness: Readiness, policy: str, has_keys: bool, cached_tokens: in
 
 
 async def measure(
-    policy: str, has_keys: bool, profile: cProfile.Profile | None, cached_tokens: int = 240
+    policy: str,
+    has_keys: bool,
+    profile: cProfile.Profile | None,
+    cached_tokens: int = 240,
+    has_limits: bool = False,
+    has_turns: bool = False,
 ) -> float:
-    """Microseconds of process time per request, best round; `has_keys`: the gateway asks for the key that clients bring.
+    """Microseconds of process time per request, best round.
+
+    `has_keys`: the gateway asks for the key that clients bring; `has_limits`: their tenants have limits of requests and tokens;
+    `has_turns`: the priority scheduler stands before dispatch.
 
     The first round is not counted: `cache_aware` has learned by then whether the engines cache anything.
     """
     readiness = Readiness()
     readiness.now_s = trio.current_time()
-    server = _server(readiness, policy, has_keys, cached_tokens)
+    server = _server(readiness, policy, has_keys, cached_tokens, has_limits, has_turns)
     gc.collect()
     gc.freeze()
     best_us = float("inf")
@@ -211,6 +235,9 @@ def main() -> int:
     for cached_tokens, engines in ((240, "engines that cache"), (0, "engines without a prefix cache")):
         more_us = trio.run(measure, "cache_aware", False, None, cached_tokens) - cost_us
         print(f"cache_aware, {engines}: {more_us:+.1f} us")
+    for has_limits, has_turns, parts in ((True, False, "tenant limits"), (False, True, "scheduler")):
+        more_us = trio.run(measure, "round_robin", True, None, 0, has_limits, has_turns) - cost_us
+        print(f"{parts}: {more_us:+.1f} us")
     if profile is not None:
         pstats.Stats(profile).sort_stats("tottime").print_stats(40)
     return int(cost_us > BUDGET_US or keys_us > KEYS_BUDGET_US)

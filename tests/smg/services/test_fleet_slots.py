@@ -186,7 +186,7 @@ def test_pairs_prefill_on_one_kind_and_hold_slots_of_the_other():
         house.worker(url, "m", kind="prefill")
     house.worker("d", "m", kind="decode", max_running_requests="7")
     house.refit()
-    gate = house.fleet._gates["m"]
+    gate = house.fleet.gates["m"]
     assert (gate.slots.capacity, gate.places) == (7, 3)
 
 

@@ -254,7 +254,7 @@ def test_models_that_clients_invent_make_no_buckets():
         reserve(limits, 0.0, 0, model=f"llama-{number}")
     assert len(list(limits.buckets())) == 3
     (account,) = limits._named.values()
-    assert len(account._for_model) <= limits_module.MODELS_REMEMBERED
+    assert len(account.known) <= limits_module.MODELS_REMEMBERED
 
 
 # ---- another file
