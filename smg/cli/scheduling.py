@@ -15,7 +15,7 @@ from smg.api.call import Call
 from smg.errors import SettingsError
 from smg.fleet.pool import Pool
 from smg.fleet.registry import Registry
-from smg.fleet.service_model import PrefillModels
+from smg.fleet.service_model import PrefillModel, PrefillModels
 from smg.gateway.gates import Tenants
 from smg.gateway.turns import Turns, may_preempt
 from smg.net.readiness import Readiness
@@ -62,6 +62,8 @@ class Scheduling:
         self._is_pair = settings.pd.pd_disaggregation
         self._scheduler: Scheduler | None = None
         self._turns: Turns | None = None
+        self._model = ""  # of the last estimate, and its fit
+        self._fit: PrefillModel | None = None
         self.admission: Admission = admission_of(
             limits, os.cpu_count() or 1, trio.current_time(), has_scheduler=limits.priority_scheduler_enabled
         )
@@ -97,7 +99,9 @@ class Scheduling:
         """Seconds of prefill that a call is expected to take with nothing cached."""
         size = len(call.body)
         tokens = size >> 2 if size < BODY_READ_BYTES_MIN else call.prompt_tokens_estimate()
-        return self._fits.get(pool.model).seconds(tokens, 0)
+        if pool.model != self._model or self._fit is None:
+            self._model, self._fit = pool.model, self._fits.get(pool.model)
+        return self._fit.seconds(tokens, 0)
 
     def _read_rules(self) -> Rules:
         """Flags and file together; without a file what is built in holds. Reads the file. Raises `SettingsError`."""

@@ -68,7 +68,7 @@ class Turns:
         if HEADER in head.fields or rules.tenants:
             rank = self._rank(exchange, tenant, rules)
         else:
-            rank = rules.default_rank
+            rank = scheduler.default_rank
         is_stream = call.is_stream
         ticket = scheduler.enter(
             fleet.gates.get(pool.model) or fleet.gate_of(pool),

@@ -45,7 +45,7 @@ class _Flow(Generic[Q]):
 class FairQueue(Generic[Q]):
     """The waiting requests of one class at one gate."""
 
-    __slots__ = ("_finish", "_flows", "_heap", "_order", "_turns", "_virtual")
+    __slots__ = ("_finish", "_flows", "_heap", "_order", "_turns", "_virtual", "last", "last_s", "owed_s")
 
     def __init__(self) -> None:
         self._flows: dict[str, _Flow[Q]] = {}
@@ -55,6 +55,10 @@ class FairQueue(Generic[Q]):
         self._order: OrderedDict[Q, None] = OrderedDict()
         self._turns = 0
         self._virtual = 0.0
+        self.last: str | None = None
+        """Who was charged last. While it is nobody else's turn, what it owes is added up here and booked when it matters."""
+        self.owed_s = 0.0
+        self.last_s = 0.0  # the last part of it
 
     def __len__(self) -> int:
         return len(self._order)
@@ -82,20 +86,29 @@ class FairQueue(Generic[Q]):
         Before that nobody waited and nothing was under way.
         """
         if is_first:
-            self._finish = {tenant: weighted_s}
+            self._finish = {}
             self._virtual = 0.0
+        elif self.last is not None:
+            self._book()
+        self.last = tenant
+        self.owed_s = self.last_s = weighted_s
+
+    def _book(self) -> None:
+        """Writes down what the last tenant owes: one charge of them all moves the tags as these did one by one."""
+        tenant, self.last = self.last, None
+        if tenant is None:
             return
         start = self._finish.get(tenant, 0.0)
         if start < self._virtual:
             start = self._virtual
-        else:
-            self._virtual = start
-        self._finish[tenant] = start + weighted_s
+        self._finish[tenant] = finish = start + self.owed_s
+        self._virtual = max(start, finish - self.last_s)
         if len(self._finish) > FLOWS_MAX:
             self._prune()
 
     def push(self, request: Q) -> None:
         """`request` waits from now on."""
+        self._book()
         flow = self._flows.get(request.tenant)
         if flow is None:
             flow = self._flows[request.tenant] = _Flow()
@@ -105,6 +118,7 @@ class FairQueue(Generic[Q]):
 
     def pop(self) -> Q:
         """Takes out whose turn it is; there must be somebody."""
+        self._book()
         request = self.head
         start, _, tenant = heappop(self._heap)
         flow = self._flows[tenant]

@@ -22,6 +22,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 
+import msgspec
+
 from smg.errors import SmgError
 from smg.tenancy.plans import Plan, Plans, Rule
 
@@ -206,35 +208,32 @@ class Allowance:
         )
 
 
-class Reservation:
-    """What a request holds until it is settled or refunded, exactly once. `tokens` is the estimate."""
+class Reservation(msgspec.Struct, eq=False):
+    """What a request holds of the buckets of `account` until it is settled or refunded, exactly once. `tokens` is the estimate."""
 
-    __slots__ = ("_account", "_buckets", "tokens")
-
-    def __init__(self, account: Account, buckets: tuple[Bucket, ...], tokens: float) -> None:
-        self._account: Account | None = account
-        self._buckets = buckets
-        self.tokens = tokens
+    account: Account | None
+    buckets: tuple[Bucket, ...]
+    tokens: float
 
     def settle(self, used_tokens: float, now: float) -> None:
         """The request has used so many tokens; the request itself stays counted."""
-        account = self._account
+        account = self.account
         assert account is not None, "a reservation was ended twice"
-        self._account = None
+        self.account = None
         account.open_count -= 1
         rest = self.tokens - used_tokens
         if rest:
-            for bucket in self._buckets:
+            for bucket in self.buckets:
                 if bucket.kind is TOKENS:
                     bucket.give_back(rest, now)
 
     def refund(self, now: float) -> None:
         """Nothing was answered: everything comes back."""
-        account = self._account
+        account = self.account
         assert account is not None, "a reservation was ended twice"
-        self._account = None
+        self.account = None
         account.open_count -= 1
-        for bucket in self._buckets:
+        for bucket in self.buckets:
             bucket.give_back(self.tokens if bucket.kind is TOKENS else 1.0, now)
 
 

@@ -73,11 +73,6 @@ class Rules(msgspec.Struct, frozen=True):
     default_max_rank: int = DEFAULT
     prefill_ahead_s: float | None = PREFILL_AHEAD_S
 
-    @property
-    def default_rank(self) -> int:
-        """The class of a request of somebody without rules of their own that names none."""
-        return min(DEFAULT, self.default_max_rank)
-
     def max_rank(self, tenant: str) -> int:
         """The highest class of a tenant."""
         found = self.tenants.get(tenant)

@@ -30,8 +30,8 @@ import msgspec
 
 from smg.errors import GatewayError
 from smg.tenancy.admission import ADMITTED, EXPIRED, LEFT, RETRY_AFTER_S, WAITING
-from smg.tenancy.priorities import CLASS_NAMES, PREFILL_AHEAD_S, RANKS, Rules
-from smg.tenancy.slots import FRESH_MAX, SIZE_MIN, Gate, Slots, size_of
+from smg.tenancy.priorities import CLASS_NAMES, DEFAULT, PREFILL_AHEAD_S, RANKS, Rules
+from smg.tenancy.slots import SIZE_MIN, Gate, Slots, size_of
 
 PREEMPTED = "preempted"
 RETRY_PREEMPTED_S = 1.0
@@ -46,7 +46,7 @@ NOBODY: Sequence[Ticket] = ()
 class Ticket(msgspec.Struct, eq=False):
     """A request at the scheduler. `waiter` belongs to the gateway: whatever it wakes and interrupts the request by.
 
-    `size` is what it needs of its gate and `share` what it holds of it. `weighted_s` and `deadline_s` are set when it waits.
+    `size` is what it needs of its gate and `share` what it holds of it; `is_sorted`: the gate knows until when. `weighted_s` and `deadline_s` are set when it waits.
     """
 
     gate: Gate
@@ -60,6 +60,7 @@ class Ticket(msgspec.Struct, eq=False):
     admitted_s: float
     state: str = WAITING
     share: float = 0.0
+    is_sorted: bool = False
     weighted_s: float = 0.0
     deadline_s: float = 0.0
 
@@ -94,10 +95,21 @@ class Scheduler:
     and waits where an interrupt reaches it.
     """
 
-    __slots__ = ("_ahead_s", "_may_preempt", "_slots", "_waiting", "counts", "others", "rules")
+    __slots__ = (
+        "_ahead_s",
+        "_may_preempt",
+        "_slots",
+        "_waiting",
+        "counts",
+        "default_rank",
+        "others",
+        "rules",
+    )
 
     def __init__(self, rules: Rules, may_preempt: Callable[[object], bool]) -> None:
         self.rules = rules
+        self.default_rank = min(DEFAULT, rules.default_max_rank)
+        """The class of a request of somebody without rules of their own that names none."""
         self._ahead_s = _ahead_s(rules)
         self.counts = Counts()
         self.others: list[Ticket] = []
@@ -155,7 +167,12 @@ class Scheduler:
             return ticket
         rules = self.rules
         weighted_s = cost_s / rules.weight(tenant) if rules.tenants else cost_s
-        gate.queues[rank].charge(tenant, weighted_s, not gate.holders)
+        queue = gate.queues[rank]
+        if queue.last == tenant and gate.holders:  # as `charge`
+            queue.owed_s += weighted_s
+            queue.last_s = weighted_s
+        else:
+            queue.charge(tenant, weighted_s, not gate.holders)
         ticket.state = ADMITTED
         slots.used[rank] += 1
         slots.total += 1
@@ -165,11 +182,6 @@ class Scheduler:
         ticket.share = size
         gate.open += size
         gate.holders += 1
-        if not is_stream:
-            fresh = gate.fresh
-            fresh.append(ticket)
-            if len(fresh) >= FRESH_MAX:
-                gate.sort()
         self.counts.admitted[rank] += 1
         return ticket
 
@@ -291,6 +303,7 @@ class Scheduler:
         A queue that has become too small keeps whom it has. Tenants' debts stay.
         """
         self.rules = rules
+        self.default_rank = min(DEFAULT, rules.default_max_rank)
         self._ahead_s = _ahead_s(rules)
         changed: list[Ticket] = []
         for slots in self._slots:
@@ -341,7 +354,7 @@ class Scheduler:
         slots.preemptable[rank][ticket] = None
         if slots.waiting_total:
             slots.promoted_s[rank] = now  # while nobody waits it says nothing
-        gate.take(ticket, now)
+        gate.take(ticket)
         self.counts.admitted[rank] += 1
 
     def _fill(self, slots: Slots, now: float) -> Sequence[Ticket]:

@@ -43,10 +43,6 @@ _PACE_RETURN = 0.005
 """Per second, the way back to the estimate where engines tell nothing."""
 
 
-FRESH_MAX = 1_024
-"""Shares that may stand unsorted; nearly all of them are over by then."""
-
-
 class Slots:
     """Slots of the requests that are with workers; those of one fleet, or one number for all (`--max-concurrent-requests`).
 
@@ -99,6 +95,16 @@ class Slots:
                 free -= unused
         return free
 
+    def sort(self) -> None:
+        """Tells the gates of the shares that came since this was last called and that end by the estimate."""
+        for held in self.preemptable:
+            for ticket in reversed(held):
+                if ticket.is_sorted:
+                    break
+                ticket.is_sorted = True
+                if ticket.share and not ticket.is_stream:
+                    ticket.gate.hold(ticket)
+
     def give_back(self, ticket: Ticket) -> None:
         """`ticket` holds its slot no more."""
         rank = ticket.rank
@@ -120,7 +126,6 @@ class Gate:
         "_holds",
         "_sequence",
         "_stalled_s",
-        "fresh",
         "holders",
         "open",
         "pace",
@@ -143,8 +148,6 @@ class Gate:
         self.holders = 0
         # Shares of answers that are no streams: nothing tells when their prefill ends, so they end by the estimate.
         self._holds: list[tuple[float, int, Ticket]] = []
-        self.fresh: list[Ticket] = []
-        """The latest of these shares, not in order yet: most answers end before anybody has to look."""
         self._stalled_s = 0.0  # what the clock of these estimates is behind
         self._sequence = 0
 
@@ -162,15 +165,11 @@ class Gate:
         """Whether the prefill of `ticket` may be sent now, if `less` were not under way."""
         return self.open - less + ticket.size <= self.places + _ROUNDING
 
-    def take(self, ticket: Ticket, now: float) -> None:
+    def take(self, ticket: Ticket) -> None:
         """The prefill of `ticket` is under way."""
         ticket.share = ticket.size
         self.open += ticket.size
         self.holders += 1
-        if not ticket.is_stream:
-            self.fresh.append(ticket)
-            if len(self.fresh) >= FRESH_MAX:
-                self.sort()
 
     def release(self, ticket: Ticket) -> None:
         """The prefill of `ticket` is over; nothing when that was known already."""
@@ -181,12 +180,10 @@ class Gate:
             if not self.holders:
                 self.open = 0.0  # rounding must not add up over weeks
                 self._holds.clear()
-                self.fresh.clear()
 
     def release_due(self, now: float) -> None:
         """Lets go of the shares whose estimated time is over."""
-        if self.fresh or len(self._holds) > self.holders:
-            self.sort()
+        self._sort()
         holds = self._holds
         by_s = now - self._stalled_s
         while holds and holds[0][0] <= by_s:
@@ -195,14 +192,15 @@ class Gate:
     @property
     def due_s(self) -> float:
         """When the next share ends by the estimate."""
-        self.sort()
+        self._sort()
         held = (due_s for due_s, _, ticket in self._holds if ticket.share)
         return min(held, default=math.inf) + self._stalled_s
 
     @property
     def has_estimates(self) -> bool:
         """Whether a share may be held whose end only the estimate tells."""
-        return bool(self._holds or self.fresh)
+        self._sort()
+        return bool(self._holds)
 
     def observe(self, seconds: float, waiting: Sequence[int]) -> None:
         """For so long the engines behind the gate, those that tell, have had so many requests waiting each.
@@ -211,7 +209,7 @@ class Gate:
         adds up, prefill by prefill, to a queue in the engines. And the pace follows, while it is what requests wait for:
         slower where work waits, a little faster where none does, so that it settles where work waits a twentieth of the time.
         """
-        self.sort()
+        self._sort()
         if not self.holders or not self._holds:
             return
         if not waiting:
@@ -225,18 +223,18 @@ class Gate:
             slower, faster = _PACE_UP * backed_up_ratio, _PACE_DOWN / size * (1.0 - backed_up_ratio)
             self.pace = min(max(self.pace * (1.0 + (slower - faster) * seconds), PACE_MIN), PACE_MAX)
 
-    def sort(self) -> None:
-        """Puts the latest shares in order, and forgets those that are over."""
-        holds = self._holds
-        if len(holds) > self.holders:
-            self._holds = holds = [hold for hold in holds if hold[2].share]
-            heapify(holds)
-        for ticket in self.fresh:
-            if ticket.share:
-                self._sequence += 1
-                due_s = ticket.admitted_s - self._stalled_s + ticket.cost_s * self.pace
-                heappush(holds, (due_s, self._sequence, ticket))
-        self.fresh.clear()
+    def hold(self, ticket: Ticket) -> None:
+        """The share of `ticket` ends by the estimate."""
+        self._sequence += 1
+        due_s = ticket.admitted_s - self._stalled_s + ticket.cost_s * self.pace
+        heappush(self._holds, (due_s, self._sequence, ticket))
+
+    def _sort(self) -> None:
+        """Takes in the shares that came since, and forgets those that are over: most answers end before anybody looks."""
+        self.slots.sort()
+        if len(self._holds) > self.holders:
+            self._holds = [hold for hold in self._holds if hold[2].share]
+            heapify(self._holds)
 
     def learn(self, ticket: Ticket, seconds: float) -> None:
         """An answer that is no stream came whole so long after its request was let through: no prefill took longer."""
