@@ -11,6 +11,7 @@ from typing import Any
 
 from smg.api.endpoints import Endpoint
 from smg.api.prompt import (
+    CHARS_PER_TOKEN,
     output_tokens_asked,
     output_tokens_max,
     prompt_text,
@@ -95,6 +96,8 @@ class Call:
     def tokens_estimate(self) -> int:
         """What the request may use in all, roughly: what is reserved for it before a worker is chosen (ADM-4)."""
         endpoint, document = self.endpoint, self.document
+        if endpoint.name == "chat":  # the same without a call
+            return -(-len(self.text()) // CHARS_PER_TOKEN) + output_tokens_asked(endpoint, document)
         return prompt_tokens_estimate(endpoint, document, self.text()) + output_tokens_asked(
             endpoint, document
         )

@@ -136,7 +136,7 @@ class Scheduling:
         admitted, rejected = admission.admitted_total, admission.rejected_total
         if scheduler is not None:
             counts = scheduler.counts
-            admitted = sum(counts.admitted)
+            admitted = sum(scheduler.admitted)
             rejected += sum(counts.refused_full) + sum(counts.refused_late)
         yield "smg_admission_inflight", (), float(self.load()[0])
         yield "smg_http_rate_limit_total", ("allowed",), float(admitted)

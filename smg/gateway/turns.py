@@ -117,7 +117,7 @@ class Turns:
         in_flight, waiting = scheduler.in_flight, scheduler.waiting
         for rank, name in enumerate(CLASS_NAMES):
             for outcome, values in (
-                ("admitted", counts.admitted),
+                ("admitted", scheduler.admitted),
                 ("rejected_queue_full", counts.refused_full),
                 ("rejected_queue_timeout", counts.refused_late),
                 ("preempted", counts.preempted),
@@ -144,7 +144,7 @@ class Turns:
         """The fullest fleet's share of a class: 1 means that it gets no further slot there."""
         shares = [0.0]
         for slots in self._scheduler.slots:
-            used = slots.used[rank]
+            used = slots.used(rank)
             room = used + max(slots.free_for(rank), 0)
             shares.append(used / room if room else 1.0)
         return max(shares)

@@ -208,11 +208,19 @@ class Allowance:
         )
 
 
+class Passed(msgspec.Struct, frozen=True, eq=False):
+    """The buckets that a tenant's request for a model must pass: all, and those of requests and of tokens."""
+
+    buckets: tuple[Bucket, ...]
+    of_requests: tuple[Bucket, ...]
+    of_tokens: tuple[Bucket, ...]
+
+
 class Reservation(msgspec.Struct, eq=False):
     """What a request holds of the buckets of `account` until it is settled or refunded, exactly once. `tokens` is the estimate."""
 
     account: Account | None
-    buckets: tuple[Bucket, ...]
+    passed: Passed
     tokens: float
 
     def settle(self, used_tokens: float, now: float) -> None:
@@ -223,9 +231,8 @@ class Reservation(msgspec.Struct, eq=False):
         account.open_count -= 1
         rest = self.tokens - used_tokens
         if rest:
-            for bucket in self.buckets:
-                if bucket.kind is TOKENS:
-                    bucket.give_back(rest, now)
+            for bucket in self.passed.of_tokens:
+                bucket.give_back(rest, now)
 
     def refund(self, now: float) -> None:
         """Nothing was answered: everything comes back."""
@@ -233,7 +240,7 @@ class Reservation(msgspec.Struct, eq=False):
         assert account is not None, "a reservation was ended twice"
         self.account = None
         account.open_count -= 1
-        for bucket in self.buckets:
+        for bucket in self.passed.buckets:
             bucket.give_back(self.tokens if bucket.kind is TOKENS else 1.0, now)
 
 
@@ -250,7 +257,7 @@ class Account:
         self.plan = plan
         self.open_count = 0
         self._buckets: dict[tuple[str, str], Bucket] = {}
-        self.known: dict[str, tuple[Bucket, ...]] = {}
+        self.known: dict[str, Passed] = {}
         """What `for_model` has found, by model."""
 
     def buckets(self) -> Iterable[Bucket]:
@@ -261,11 +268,16 @@ class Account:
         """One of these."""
         return self._buckets.get((rule_id, kind))
 
-    def for_model(self, model: str, first: First, now: float) -> tuple[Bucket, ...]:
-        """The buckets that a request for a model must pass; empty when nothing limits it."""
+    def for_model(self, model: str, first: First, now: float) -> Passed:
+        """The buckets that a request for a model must pass; none when nothing limits it."""
         found = self.known.get(model)
         if found is None:
-            found = self._find(model, first, now)
+            buckets = self._find(model, first, now)
+            found = Passed(
+                buckets,
+                tuple(bucket for bucket in buckets if bucket.kind is REQUESTS),
+                tuple(bucket for bucket in buckets if bucket.kind is TOKENS),
+            )
             if len(self.known) >= MODELS_REMEMBERED:
                 self.known.clear()
             self.known[model] = found
@@ -372,33 +384,29 @@ class TenantLimits:
         account = self._named.get(tenant) or self._others.get(tenant) or self._new(tenant, now)
         if account is None:
             return None
-        buckets = account.known.get(model)
-        if buckets is None:
-            buckets = account.for_model(model, self.first, now)
-        if not buckets:
+        passed = account.known.get(model) or account.for_model(model, self.first, now)
+        if not passed.buckets:
             return None
         if self.heeds_demand and len(self._asked) < ASKED_MAX:
-            self._asked.update(dict.fromkeys(buckets))
+            self._asked.update(dict.fromkeys(passed.buckets))
+        for bucket in passed.of_requests:
+            if not bucket.take(1.0, now):
+                raise _refused(passed, bucket, estimate(), now)
         tokens = 0.0
-        has_estimate = False
-        for place, bucket in enumerate(buckets):
-            if bucket.kind is REQUESTS:
-                has_given = bucket.take(1.0, now)
-            else:
-                if not has_estimate:
-                    tokens, has_estimate = estimate(), True
-                has_given = tokens <= bucket.per_minute and bucket.take(tokens, now)
-            if not has_given:
-                raise _refused(buckets, place, tokens if has_estimate else estimate(), now)
+        if passed.of_tokens:
+            tokens = estimate()
+            for bucket in passed.of_tokens:
+                if tokens > bucket.per_minute or not bucket.take(tokens, now):
+                    raise _refused(passed, bucket, tokens, now)
         account.open_count += 1
-        return Reservation(account, buckets, tokens)
+        return Reservation(account, passed, tokens)
 
     def allowances(self, tenant: str, model: str, now: float) -> dict[str, Allowance]:
         """What is left to a tenant, by kind (ADM-8); empty when nothing limits it."""
         account = self._named.get(tenant) or self._others.get(tenant) or self._new(tenant, now)
         found: dict[str, Allowance] = {}
         if account is not None:
-            for bucket in account.for_model(model, self.first, now):
+            for bucket in account.for_model(model, self.first, now).buckets:
                 allowance = Allowance(bucket, now)
                 known = found.get(bucket.kind)
                 if known is None or allowance.remaining < known.remaining:
@@ -462,15 +470,18 @@ def _kinds(limits: Plan | Rule) -> Iterator[tuple[str, int]]:
         yield TOKENS, limits.tokens_per_minute
 
 
-def _refused(buckets: tuple[Bucket, ...], refusing: int, tokens: float, now: float) -> TenantLimited:
-    """The bucket at `refusing` has not given: those before it get back what they gave, those behind it hear what was asked."""
-    for place, bucket in enumerate(buckets):
+def _refused(passed: Passed, refusing: Bucket, tokens: float, now: float) -> TenantLimited:
+    """`refusing` has not given: those before it get back what they gave, those behind it hear what was asked."""
+    has_given = True
+    for bucket in (*passed.of_requests, *passed.of_tokens):
         amount = 1.0 if bucket.kind is REQUESTS else tokens
-        if place < refusing:
+        if bucket is refusing:
+            has_given = False
+        elif has_given:
             bucket.give_back(amount, now)
-        elif place > refusing:
+        else:
             bucket.ask(amount)
-    return _refusal(buckets, tokens, now)
+    return _refusal(passed.buckets, tokens, now)
 
 
 def _refusal(buckets: tuple[Bucket, ...], tokens: float, now: float) -> TenantLimited:

@@ -58,8 +58,8 @@ class Ticket(msgspec.Struct, eq=False):
     waiter: object
     entered_s: float
     admitted_s: float
-    state: str = WAITING
-    share: float = 0.0
+    share: float
+    state: str = ADMITTED
     is_sorted: bool = False
     weighted_s: float = 0.0
     deadline_s: float = 0.0
@@ -69,7 +69,6 @@ class Counts:
     """What has happened so far, by rank: the counters of section 19."""
 
     __slots__ = (
-        "admitted",
         "cancelled",
         "preempted",
         "preemptions",
@@ -79,7 +78,6 @@ class Counts:
     )
 
     def __init__(self) -> None:
-        self.admitted = [0 for _ in RANKS]
         self.refused_full = [0 for _ in RANKS]
         self.refused_late = [0 for _ in RANKS]
         self.preempted = [0 for _ in RANKS]
@@ -96,6 +94,7 @@ class Scheduler:
     """
 
     __slots__ = (
+        "_admitted_before",
         "_ahead_s",
         "_may_preempt",
         "_slots",
@@ -116,12 +115,21 @@ class Scheduler:
         """Whom the last `enter` has changed beside its own ticket; for `take_others`."""
         self._may_preempt = may_preempt
         self._slots: list[Slots] = []
+        self._admitted_before = [0 for _ in RANKS]  # through slots that are no more
         self._waiting = [0 for _ in RANKS]
 
     @property
     def in_flight(self) -> list[int]:
         """Requests that hold a slot, by rank."""
-        return [sum(slots.used[rank] for slots in self._slots) for rank in RANKS]
+        return [sum(slots.used(rank) for slots in self._slots) for rank in RANKS]
+
+    @property
+    def admitted(self) -> list[int]:
+        """Requests that were given a slot so far, by rank."""
+        return [
+            dropped + sum(slots.entered[rank] for slots in self._slots)
+            for rank, dropped in enumerate(self._admitted_before)
+        ]
 
     @property
     def waiting(self) -> list[int]:
@@ -143,6 +151,8 @@ class Scheduler:
         gate.slots.gates.remove(gate)
         if not gate.slots.gates:
             self._slots.remove(gate.slots)
+            for rank, entered in enumerate(gate.slots.entered):
+                self._admitted_before[rank] += entered
 
     def enter(
         self, gate: Gate, rank: int, tenant: str, cost_s: float, is_stream: bool, waiter: object, now: float
@@ -155,15 +165,14 @@ class Scheduler:
         needed_s = cost_s if is_stream or gate.pace > 1.0 else cost_s * gate.pace
         # As `size_of`, `_start` and `_admit`, without their calls: this is the way of every request that finds room.
         size = 1.0 if needed_s >= ahead_s else needed_s / ahead_s if needed_s > 0.0 else SIZE_MIN
-        ticket = Ticket(gate, rank, tenant, cost_s, size, is_stream, waiter, now, now)
-        if gate.open + size > gate.places and not gate.waiting:
-            gate.release_due(now)
+        ticket = Ticket(gate, rank, tenant, cost_s, size, is_stream, waiter, now, now, size)
+        open_ = gate.open + size
         if (
             gate.waiting
-            or gate.open + size > gate.places
+            or open_ > gate.places
             or (slots.total >= slots.free_total and slots.free_for(rank) <= 0)
         ):
-            self._enter_full(ticket, now)
+            self._enter_tight(ticket, gate, slots, now)
             return ticket
         rules = self.rules
         weighted_s = cost_s / rules.weight(tenant) if rules.tenants else cost_s
@@ -173,22 +182,29 @@ class Scheduler:
             queue.last_s = weighted_s
         else:
             queue.charge(tenant, weighted_s, not gate.holders)
-        ticket.state = ADMITTED
-        slots.used[rank] += 1
+        slots.entered[rank] += 1
         slots.total += 1
         slots.preemptable[rank][ticket] = None
         if slots.waiting_total:
             slots.promoted_s[rank] = now
-        ticket.share = size
-        gate.open += size
+        gate.open = open_
         gate.holders += 1
-        self.counts.admitted[rank] += 1
         return ticket
 
     def take_others(self) -> Sequence[Ticket]:
         """Whom to act on because of the last `enter`, once."""
         others, self.others = self.others, []
         return others
+
+    def _enter_tight(self, ticket: Ticket, gate: Gate, slots: Slots, now: float) -> None:
+        """`enter` where there may be no room."""
+        ticket.state, ticket.share = WAITING, 0.0
+        if not gate.waiting:
+            gate.release_due(now)
+            if gate.fits(ticket) and (slots.total < slots.free_total or slots.free_for(ticket.rank) > 0):
+                self._start(ticket, gate, slots, now)
+                return
+        self._enter_full(ticket, now)
 
     def _enter_full(self, ticket: Ticket, now: float) -> None:
         """`enter` where there is no room, or others wait for it."""
@@ -230,15 +246,15 @@ class Scheduler:
 
     def leave(self, ticket: Ticket, now: float, is_answered: bool = False) -> Sequence[Ticket]:
         """A request that held a slot is over; `is_answered` when a worker did what it asked for. Returns whom to act on."""
-        if ticket.state is PREEMPTED:
+        if ticket.state is not ADMITTED:
+            assert ticket.state is PREEMPTED, "only who holds a slot can leave it"
             ticket.state = LEFT  # its slot went to another
             return NOBODY
-        assert ticket.state is ADMITTED, "only who holds a slot can leave it"
         ticket.state = LEFT
         gate = ticket.gate
         slots = gate.slots
         rank = ticket.rank
-        slots.used[rank] -= 1  # as `give_back`: the way of every request
+        slots.gone[rank] += 1  # as `give_back`: the way of every request
         slots.total -= 1
         slots.preemptable[rank].pop(ticket, None)
         share = ticket.share
@@ -349,13 +365,12 @@ class Scheduler:
     def _admit(self, ticket: Ticket, gate: Gate, slots: Slots, now: float) -> None:
         rank = ticket.rank
         ticket.state = ADMITTED
-        slots.used[rank] += 1
+        slots.entered[rank] += 1
         slots.total += 1
         slots.preemptable[rank][ticket] = None
         if slots.waiting_total:
             slots.promoted_s[rank] = now  # while nobody waits it says nothing
         gate.take(ticket)
-        self.counts.admitted[rank] += 1
 
     def _fill(self, slots: Slots, now: float) -> Sequence[Ticket]:
         """Lets everybody go who can; those who went."""

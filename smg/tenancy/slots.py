@@ -46,20 +46,21 @@ _PACE_RETURN = 0.005
 class Slots:
     """Slots of the requests that are with workers; those of one fleet, or one number for all (`--max-concurrent-requests`).
 
-    Invariant: `total` is the sum of `used` and the number of requests that hold a slot. It is above `capacity` only after
+    Invariant: `total` is the sum of `used`, over all ranks, and the number of requests that hold a slot. It is above `capacity` only after
     the capacity has shrunk. `promoted_s` says when a class last got a slot. Below `free_total` in all, any class may take one.
     """
 
     __slots__ = (
         "capacity",
+        "entered",
         "free_total",
         "gates",
+        "gone",
         "is_shrunk",
         "preemptable",
         "promoted_s",
         "reserved",
         "total",
-        "used",
         "waiting",
         "waiting_total",
     )
@@ -68,7 +69,10 @@ class Slots:
         self.capacity = self.free_total = NO_BOUND
         self.reserved: Sequence[int] = [0 for _ in RANKS]
         self.is_shrunk = False
-        self.used = [0 for _ in RANKS]
+        self.entered = [0 for _ in RANKS]
+        """Slots taken so far, by rank."""
+        self.gone = [0 for _ in RANKS]
+        """Those of them that came back."""
         self.total = 0
         self.waiting = [0 for _ in RANKS]
         self.waiting_total = 0
@@ -85,12 +89,16 @@ class Slots:
         )
         self.free_total = capacity - sum(self.reserved)
 
+    def used(self, rank: int) -> int:
+        """Requests of a class that hold a slot."""
+        return self.entered[rank] - self.gone[rank]
+
     def free_for(self, rank: int) -> int:
         """Slots that a class may take now: all free ones but those that higher classes reserve and do not use."""
         free = self.capacity - self.total
-        reserved, used = self.reserved, self.used
+        reserved = self.reserved
         for higher in range(rank + 1, len(RANKS)):
-            unused = reserved[higher] - used[higher]
+            unused = reserved[higher] - self.used(higher)
             if unused > 0:
                 free -= unused
         return free
@@ -108,9 +116,9 @@ class Slots:
     def give_back(self, ticket: Ticket) -> None:
         """`ticket` holds its slot no more."""
         rank = ticket.rank
-        self.used[rank] -= 1
+        self.gone[rank] += 1
         self.total -= 1
-        assert self.used[rank] >= 0, "a slot came back twice"
+        assert self.used(rank) >= 0, "a slot came back twice"
         self.preemptable[rank].pop(ticket, None)
 
 

@@ -82,7 +82,7 @@ def test_who_finds_room_goes_at_once_and_who_leaves_hands_the_slot_on():
     assert play.tickets["c"].state == ADMITTED and play.tickets["a"].state == LEFT
     assert play.scheduler.in_flight[DEFAULT] == 2 and play.scheduler.waiting[DEFAULT] == 1
     assert play.leave("b") == ["d"] and play.leave("c") == [] and play.leave("d") == []
-    assert play.scheduler.in_flight == [0] * 4 and play.scheduler.counts.admitted[DEFAULT] == 4
+    assert play.scheduler.in_flight == [0] * 4 and play.scheduler.admitted[DEFAULT] == 4
 
 
 def test_the_higher_class_goes_first_whoever_came_first():

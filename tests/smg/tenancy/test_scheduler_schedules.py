@@ -159,7 +159,7 @@ class Shell:
         assert slots.total == len(holders)
         assert self.has_shrunk or slots.total <= slots.capacity
         for rank in RANKS:
-            assert slots.used[rank] == scheduler.in_flight[rank] == sum(each.rank == rank for each in holders)
+            assert slots.used(rank) == scheduler.in_flight[rank] == sum(each.rank == rank for each in holders)
             assert scheduler.waiting[rank] == sum(ticket.rank == rank for ticket in self.parked)
             assert slots.waiting[rank] == scheduler.waiting[rank]
         for gate in self.gates:
