@@ -97,11 +97,13 @@ class Scheduling:
 
     def _estimate(self, call: Call, pool: Pool) -> float:
         """Seconds of prefill that a call is expected to take with nothing cached."""
+        fit = self._fit
+        if fit is None or pool.model != self._model:
+            self._model, self._fit = pool.model, (fit := self._fits.get(pool.model))
         size = len(call.body)
-        tokens = size >> 2 if size < BODY_READ_BYTES_MIN else call.prompt_tokens_estimate()
-        if pool.model != self._model or self._fit is None:
-            self._model, self._fit = pool.model, self._fits.get(pool.model)
-        return self._fit.seconds(tokens, 0)
+        if size < BODY_READ_BYTES_MIN:
+            return fit.base_s + (size >> 2) * fit.per_token_s  # what pairs of so few tokens cost is nothing
+        return fit.seconds(call.prompt_tokens_estimate(), 0)
 
     def _read_rules(self) -> Rules:
         """Flags and file together; without a file what is built in holds. Reads the file. Raises `SettingsError`."""

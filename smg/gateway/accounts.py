@@ -37,29 +37,23 @@ _LIMITED_STATUSES = (429, 503)
 class Accounts:
     """The accounts of one node. `limits` is None without tenant limits; `book` is always kept."""
 
-    __slots__ = ("_metrics", "_names", "_tenants", "book", "limits")
+    __slots__ = ("_metrics", "_names", "book", "limits", "tenants")
 
     def __init__(self, tenants: Tenants, book: Book, metrics: Metrics, limits: TenantLimits | None) -> None:
-        self._tenants = tenants
+        self.tenants = tenants
         self._metrics = metrics
         self._names = Names()
         self.book = book
         self.limits = limits
 
-    def reserve(self, exchange: Exchange, call: Call, now: float) -> Reservation | None:
-        """What the tenant must have left for a request, taken; None when nothing limits it.
-
-        Raises `GatewayError` 429 `tenant_rate_limit_exceeded` (ERR-13).
-        """
-        assert self.limits is not None, "asked for only when there are limits"
-        tenant = exchange.head.tenant or self._tenants.of(exchange)
-        try:
-            return self.limits.reserve(tenant, call.model, call.tokens_estimate, now)
-        except TenantLimited as limited:
-            self._metrics.counter(
-                "smg_tenant_rejected_total", tenant=self._names.of(tenant), reason=limited.reason
-            ).value += 1
-            raise _refusal(limited) from None
+    def refused(self, exchange: Exchange, limited: TenantLimited) -> GatewayError:
+        """The 429 `tenant_rate_limit_exceeded` of a request that its tenant's limits do not let in, counted (ERR-13)."""
+        self._metrics.counter(
+            "smg_tenant_rejected_total",
+            tenant=self._names.of(self.tenants.of(exchange)),
+            reason=limited.reason,
+        ).value += 1
+        return _refusal(limited)
 
     def answered(
         self,
@@ -110,7 +104,7 @@ class Accounts:
         limits = self.limits
         if limits is None or error.status not in _LIMITED_STATUSES:
             return
-        found = limits.allowances(self._tenants.of(exchange), model, now)
+        found = limits.allowances(self.tenants.of(exchange), model, now)
         for kind in (REQUESTS, TOKENS):
             allowance = found.get(kind)
             if allowance is not None:
@@ -149,7 +143,7 @@ class Accounts:
 
     def _entry(self, exchange: Exchange, lane: Lane) -> Entry:
         """The tenant's line for the lane's model; remembered with the lane when it is the tenant's own."""
-        tenant = self._tenants.of(exchange)
+        tenant = self.tenants.of(exchange)
         entry = self.book.entry(tenant, lane.model)
         if entry.tenant == tenant:
             lane.entries[tenant] = entry

@@ -30,7 +30,7 @@ from smg.net.exchange import Exchange
 from smg.net.readiness import Parking, Readiness
 from smg.policies.routing_table import PolicyTable
 from smg.tenancy.admission import EXPIRED, WAITING, Admission, Ticket
-from smg.tenancy.limits import Reservation
+from smg.tenancy.limits import Reservation, TenantLimited
 from smg.tenancy.scheduler import Ticket as Turn
 from smg.wire.json_splice import quoted, replace_member
 
@@ -119,8 +119,13 @@ class Generate:
                 call.routing_key = routing_key_of(fields, self._key_headers)
             if RECEIPT in fields and fields[RECEIPT] == b"1":
                 lane = receipted(lane, exchange)
-            if accounts.limits is not None:
-                reservation = accounts.reserve(exchange, call, readiness.now_s)
+            limits = accounts.limits
+            if limits is not None:
+                tenant = exchange.head.tenant or accounts.tenants.of(exchange)
+                try:
+                    reservation = limits.reserve(tenant, call.model, call.tokens_estimate, readiness.now_s)
+                except TenantLimited as limited:
+                    raise accounts.refused(exchange, limited) from None
             queued_s = 0.0
             admission = self._admission
             ticket = admission.enter(readiness.now_s) if self._has_door else None

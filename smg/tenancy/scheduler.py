@@ -40,6 +40,9 @@ RETRY_PREEMPTED_S = 1.0
 PREEMPT_LOOKS_MAX = 64
 """Running requests of a class that are looked at for one that can give way: newest first, so the first ones usually can."""
 
+PREEMPT_SCANNED_MAX = 4_096
+"""Running requests of any class among which these are searched."""
+
 NOBODY: Sequence[Ticket] = ()
 
 
@@ -184,7 +187,7 @@ class Scheduler:
             queue.charge(tenant, weighted_s, not gate.holders)
         slots.entered[rank] += 1
         slots.total += 1
-        slots.preemptable[rank][ticket] = None
+        slots.silent[ticket] = None
         if slots.waiting_total:
             slots.promoted_s[rank] = now
         gate.open = open_
@@ -240,7 +243,7 @@ class Scheduler:
         if ticket.state is not ADMITTED:
             return NOBODY
         gate = ticket.gate
-        gate.slots.preemptable[ticket.rank].pop(ticket, None)
+        gate.slots.silent.pop(ticket, None)
         gate.release(ticket)
         return self._fill(gate.slots, now) if gate.slots.waiting_total else NOBODY
 
@@ -256,7 +259,7 @@ class Scheduler:
         rank = ticket.rank
         slots.gone[rank] += 1  # as `give_back`: the way of every request
         slots.total -= 1
-        slots.preemptable[rank].pop(ticket, None)
+        slots.silent.pop(ticket, None)
         share = ticket.share
         if share:
             if is_answered and not ticket.is_stream and now - ticket.admitted_s < gate.pace * ticket.cost_s:
@@ -367,7 +370,7 @@ class Scheduler:
         ticket.state = ADMITTED
         slots.entered[rank] += 1
         slots.total += 1
-        slots.preemptable[rank][ticket] = None
+        slots.silent[ticket] = None
         if slots.waiting_total:
             slots.promoted_s[rank] = now  # while nobody waits it says nothing
         gate.take(ticket)
@@ -439,8 +442,9 @@ class Scheduler:
         if slots.free_for(ticket.rank) != 0:
             return None
         for rank in range(ticket.rank):
-            held = slots.preemptable[rank]
-            for candidate in islice(reversed(held), PREEMPT_LOOKS_MAX):
+            newest = islice(reversed(slots.silent), PREEMPT_SCANNED_MAX)
+            held = (silent for silent in newest if silent.rank == rank)
+            for candidate in islice(held, PREEMPT_LOOKS_MAX):
                 share = candidate.share if candidate.gate is gate else 0.0
                 if gate.fits(ticket, share) and self._may_preempt(candidate.waiter):
                     return candidate

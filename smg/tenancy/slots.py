@@ -57,9 +57,9 @@ class Slots:
         "gates",
         "gone",
         "is_shrunk",
-        "preemptable",
         "promoted_s",
         "reserved",
+        "silent",
         "total",
         "waiting",
         "waiting_total",
@@ -78,8 +78,8 @@ class Slots:
         self.waiting_total = 0
         self.promoted_s = [-math.inf for _ in RANKS]
         self.gates: list[Gate] = []
-        # By rank, who has sent no byte yet as far as known, in order of admission.
-        self.preemptable: list[dict[Ticket, None]] = [{} for _ in RANKS]
+        self.silent: dict[Ticket, None] = {}
+        """Who has sent no byte yet as far as known, in order of admission."""
 
     def resize(self, capacity: int, classes: tuple[ClassRules, ...]) -> None:
         """The fleet or the rules have changed."""
@@ -105,13 +105,12 @@ class Slots:
 
     def sort(self) -> None:
         """Tells the gates of the shares that came since this was last called and that end by the estimate."""
-        for held in self.preemptable:
-            for ticket in reversed(held):
-                if ticket.is_sorted:
-                    break
-                ticket.is_sorted = True
-                if ticket.share and not ticket.is_stream:
-                    ticket.gate.hold(ticket)
+        for ticket in reversed(self.silent):
+            if ticket.is_sorted:
+                break
+            ticket.is_sorted = True
+            if ticket.share and not ticket.is_stream:
+                ticket.gate.hold(ticket)
 
     def give_back(self, ticket: Ticket) -> None:
         """`ticket` holds its slot no more."""
@@ -119,7 +118,7 @@ class Slots:
         self.gone[rank] += 1
         self.total -= 1
         assert self.used(rank) >= 0, "a slot came back twice"
-        self.preemptable[rank].pop(ticket, None)
+        self.silent.pop(ticket, None)
 
 
 class Gate:
