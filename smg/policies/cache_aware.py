@@ -168,7 +168,13 @@ class CacheAware:
             if report is not account.report:
                 prices.note(account, worker)
         tokens, chars, depth, cached = question.tokens, question.chars, 0, 0
-        if match.steps:
+        decision = self._followed.pop(call_id, None) if self._followed else None
+        is_told = decision is not None and decision.worker_id == worker_id
+        if decision is not None and is_told:
+            # Its owner has told everybody, perhaps us too by now: then our index holds this very prompt already.
+            depth = min(decision.matched_blocks, len(question.blocks))
+            cached = cached_tokens(question, depth)
+        elif match.steps:
             own = index.bits.get(worker_id, 0)
             deepest, owners = match.steps[0]
             depth = deepest if own & owners else match.depth_of(own)
@@ -181,19 +187,19 @@ class CacheAware:
         if homes and homes[0] == worker_id:
             request.home_blocks = len(question.blocks) - depth
         account.placed[call_id] = request
-        account.place(call_id, request)
+        account.place(call_id, request, is_told)
         if prices.is_ordered:
             prices.moved(account, worker_id, now)
-        in_flight = worker.in_flight
-        prices.admit(seconds * SLOWDOWNS[in_flight if in_flight < SLOTS else SLOTS], now)
+        if not is_told:
+            in_flight = worker.in_flight
+            prices.admit(seconds * SLOWDOWNS[in_flight if in_flight < SLOTS else SLOTS], now)
         blocks = question.blocks if account.no_cache_until_s <= now else ()
         if self._is_alone:
             if blocks:
                 index.use(worker_id, blocks)
         else:
             placement = index.place(worker_id, blocks)
-            followed = self._followed.pop(call_id, None) if self._followed else None
-            if followed is None or followed.worker_id != worker_id:  # else its owner has told it
+            if not is_told:
                 self._neighbours.tell(News(placement, seconds), now)
 
     def first_byte(self, call: Call, worker: Worker, ttft_s: float, now: float) -> None:
