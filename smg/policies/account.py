@@ -361,6 +361,17 @@ class Account:
         if len(recent) > 2 * RECENT_MAX:
             del recent[:RECENT_MAX]
 
+    def rescale(self, ratio: float) -> None:
+        """The fit has learned that prefill takes `ratio` times what was booked with it: what is still in front does too."""
+        for request in self.placed.values():
+            request.seconds *= ratio
+        self.seconds = sum(request.seconds for request in self.open.values())
+        self._recent = [(sent_s, seconds * ratio) for sent_s, seconds in self._recent]
+        self._level_s *= ratio
+        self._reported_s *= ratio
+        self._queued_s *= ratio
+        self._mark()
+
     def settle(self, now: float) -> None:
         """Close plain requests whose prefill must be over by now: nothing tells when it is."""
         while self.open:

@@ -37,6 +37,8 @@ HOME_RATE = 0.02
 """Share of an error that is corrected in the belief of what a first home holds: about the last 50 sessions count."""
 NO_CACHE_S = 60.0
 """How long a worker is taken to have no prefix cache after a long row of answers said so; then it is tried again."""
+RESCALE = 0.1
+"""A lesson that changes the fit by more than this also changes what was booked with it before: only the first lessons do."""
 OBSERVE_S = 1e-4
 """A prefill shorter than this is the network's time, not the worker's."""
 
@@ -438,9 +440,14 @@ class CacheAware:
         assert request.observed_s is not None
         if request.observed_s > OBSERVE_S:
             seconds = request.observed_s / request.slowdown
-            if request.is_bound and seconds >= account.fit.seconds(prompt - had, had):
+            fit = account.fit
+            before = fit.seconds(prompt - had, had)
+            if request.is_bound and seconds >= before:
                 return  # by what was cached in truth, it tells nothing
-            account.fit.observe(prompt - had, had, seconds, request.is_queued)
+            fit.observe(prompt - had, had, seconds, request.is_queued)
+            ratio = fit.seconds(prompt - had, had) / before
+            if abs(ratio - 1.0) > RESCALE:
+                self._prices.rescale(fit, ratio)
 
     def _learn(self, worker_id: str, account: Account, request: Open, outcome: Outcome, now: float) -> None:
         prices, question = self._prices, request.question

@@ -20,7 +20,7 @@ from random import Random
 import msgspec
 
 from smg.fleet.prefix_index import NO_MATCH, Match, PrefixIndex
-from smg.fleet.service_model import PrefillModels
+from smg.fleet.service_model import PrefillModel, PrefillModels
 from smg.fleet.worker import Worker
 from smg.policies.account import KV_FULL, SLOTS, SLOWDOWNS, Account, slowdown
 from smg.policies.homes import Homes
@@ -328,6 +328,15 @@ class Prices:
             self._rate_s = now
         self._rate += seconds / RATE_S
         self.mean_s += 0.02 * (seconds - self.mean_s)
+
+    def rescale(self, fit: PrefillModel, ratio: float) -> None:
+        """`fit` has learned that prefill takes `ratio` times as long: so does what was booked with it."""
+        for account in self.accounts.values():
+            if account.fit is fit:
+                account.rescale(ratio)
+        if not self._is_mixed:
+            self._rate *= ratio
+            self.mean_s *= ratio
 
     def moved(self, account: Account, worker_id: str, now: float) -> None:
         """The account changed: put it at its place among the others, if anybody looks at that order."""

@@ -13,6 +13,7 @@ from smg.fleet.worker import LoadReport
 from smg.policies.account import Account, Open
 from smg.policies.neighbours import Question
 from tests.smg.fleet.builders import workers_of
+from tests.smg.policies.site import Site, text_of
 
 QUESTION = Question((), 100, 1.0, None, 400)
 
@@ -29,15 +30,21 @@ def test_until_the_oldest_should_be_over_the_wait_is_the_end_of_all_less_now(see
     now, keys = 10.0, []
     for key in range(60):
         now += rng.choice([0.0, 0.01, 0.3])
-        step = rng.randrange(4)
+        step = rng.randrange(5)
         if step < 2 or not keys:
-            account.place(key, sent(rng.choice([0.0, 0.05, 0.5]), now, rng.random() < 0.5))
+            request = account.placed[key] = sent(rng.choice([0.0, 0.05, 0.5]), now, rng.random() < 0.5)
+            account.place(key, request)
             keys.append(key)
+        elif step == 4:
+            before = account.seconds
+            account.rescale(0.5)
+            assert account.seconds == pytest.approx(before / 2)
         else:
             gone = keys.pop(rng.randrange(len(keys)))
             if step == 2:
                 account.first_byte(gone, 1.0, now)
             account.end(gone, now)
+            del account.placed[gone]
         if now < account.head_until_s:
             assert account.busy_until_s - now == pytest.approx(account.own_s(now), abs=1e-9)
         if not account.open:
@@ -57,3 +64,18 @@ def test_without_peers_the_level_begins_with_the_first_report_of_others():
     assert account.level_s(11.0) == pytest.approx(4.0)
     account.place(3, sent(1.0, 12.0, is_stream=True))
     assert account.level_s(12.0) > account.own_s(12.0) - 1e-9
+
+
+def test_what_was_booked_with_a_wrong_pace_is_corrected_with_it():
+    """At first a fit may be ten times too slow; what waits by it must not be believed for as long as that."""
+    site = Site(workers_of(2))
+    asked, worker = site.send(text_of(1, 40))
+    site.send(text_of(2, 40), to=worker)
+    before = site.rows("x")[worker.id].wait
+    site.answer(asked, worker, after_s=before / 100, prompt_tokens=asked_tokens(asked, site), cached_tokens=0)
+    after = site.rows("x")[worker.id].wait
+    assert after < 0.8 * before / 2
+
+
+def asked_tokens(asked, site):
+    return site.policy.question(asked).tokens
