@@ -160,7 +160,6 @@ class World:
         self._gap_at_s = 0.0
         self._decisions_us: list[float] = []
         self._owner_rng = Random(settings.seed + 1)
-        self._asker: int | None = None
 
     def run(self) -> Measured:
         """Replay the whole trace."""
@@ -196,7 +195,7 @@ class World:
             return
         loss = self.settings.loss_ratio
         for number, gateway in enumerate(self.gateways):
-            if number in (sender, self._asker):
+            if number == sender:
                 continue
             receiver = send(gateway)
             if receiver is not None:
@@ -243,9 +242,7 @@ class World:
         if owner == home:
             return
         other = self.gateways[owner]
-        self._asker = home  # it gets the answer itself
         decision = cast(CacheAware, other.policy).decide(question, other.workers, now, self._owner_rng)
-        self._asker = None
         if decision is not None:
             policy.follow(call, decision)
 

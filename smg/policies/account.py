@@ -291,7 +291,7 @@ class Account:
             if other_s <= sent_s:
                 break
             later += seconds
-        self._level_s, self._level_at_s = min(self.level_s(now), later), now
+        self._level_s, self._level_at_s = later, now
 
     def end(self, key: object, now: float) -> None:
         """A request of ours ended, perhaps before its first byte."""
