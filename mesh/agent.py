@@ -213,7 +213,7 @@ class Agent:
         pipe = self._board.streams.of(peer)
         if pipe is None:
             raise WeatherError(f"no stream to {peer}")
-        return await self._board.questions.ask(peer, question, pipe.send)
+        return await self._board.questions.ask(peer, question, pipe.send_now)
 
     # -- keys and certificates
 

@@ -88,10 +88,12 @@ class Pipe:
         "_has_heard",
         "_is_closing",
         "_is_goodbye",
+        "_is_writing",
         "_queue",
         "_queue_bytes",
         "_queue_max",
         "_raw",
+        "_rest",
         "_scope",
         "_seal",
         "_wake",
@@ -121,6 +123,10 @@ class Pipe:
         self._queue: deque[Frame] = deque()
         self._queue_max = queue_frames_max
         self._queue_bytes = 0
+        self._is_writing = True
+        """The writer may have bytes under way; only while it sleeps may others send past it."""
+        self._rest = b""
+        """The end of a frame of which the connection took only the beginning: nothing may go before it."""
         self._early: list[Frame] = []
         """Frames that came in the same read as the greeting."""
         self.early_state: list[Frame] = []
@@ -239,6 +245,20 @@ class Pipe:
             self.dropped += 1
         self._wake.set()
 
+    def send_now(self, frame: Frame) -> None:
+        """As `send`, for a frame that somebody waits for: it leaves before this returns, without a turn of the writer, where
+        nothing waits before it and the connection takes it. What is not taken the writer sends."""
+        if self._is_writing or self._rest or self._queue or self._is_closing or self.end is not None:
+            self.send(frame)
+            return
+        data = self._seal.seal(frame)
+        taken = self._raw.send_nowait(data)
+        self.sent_s = trio.current_time()
+        self._ears.note(frame.type, "out", len(frame.body))
+        if taken < len(data):
+            self._rest = data[taken:]
+            self._wake.set()
+
     def wake(self) -> None:
         """There may be state to send."""
         self._wake.set()
@@ -312,7 +332,9 @@ class Pipe:
                     return self._finish(End.OURS, "")
                 else:
                     self._wake = trio.Event()
+                    self._is_writing = False
                     await self._wake.wait()
+                    self._is_writing = True
         except MeshError as error:
             # A write that fails says no more than that the stream is gone; why, the reader will find first or never.
             with trio.move_on_after(LAST_WORDS_S):
@@ -320,7 +342,8 @@ class Pipe:
             return self._finish(End.LOST, str(error))
 
     def _take(self) -> bytes:
-        """Bytes of all that waits: the queue first, then state."""
+        """Bytes of all that waits: what is left of a frame, the queue, then state."""
+        rest, self._rest = self._rest, b""
         frames = list(self._queue)
         self._queue.clear()
         self._queue_bytes = 0
@@ -328,4 +351,4 @@ class Pipe:
             frames += self._ears.state_for(self, WRITE_BYTES)
         for frame in frames:
             self._ears.note(frame.type, "out", len(frame.body))
-        return b"".join([self._seal.seal(frame) for frame in frames])
+        return rest + b"".join([self._seal.seal(frame) for frame in frames])

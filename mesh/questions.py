@@ -21,11 +21,13 @@ NUMBER_MASK = 0xFFFFFFFF
 
 
 class _Question:
-    __slots__ = ("answer", "done", "error", "peer")
+    """One that waits: for whom, and the task that is parked until `answer` or `error` is there."""
 
-    def __init__(self, peer: str) -> None:
+    __slots__ = ("answer", "error", "peer", "task")
+
+    def __init__(self, peer: str, task: trio.lowlevel.Task) -> None:
         self.peer = peer
-        self.done = trio.Event()
+        self.task = task
         self.answer: bytes | None = None
         self.error = ""
 
@@ -50,12 +52,19 @@ class Questions:
         if len(self._waiting) >= self._max:
             raise BoundError("too many questions wait for their answers")
         number = self._number = (self._number + 1) & NUMBER_MASK
-        question = self._waiting[number] = _Question(peer)
+        question = self._waiting[number] = _Question(peer, trio.lowlevel.current_task())
+
+        def aborted(_raise_cancel: object) -> trio.lowlevel.Abort:
+            self._waiting.pop(number, None)
+            return trio.lowlevel.Abort.SUCCEEDED
+
         try:
             send(Frame(FrameType.ASK, encode(Asked(number, content))))
-            await question.done.wait()
-        finally:
-            self._waiting.pop(number, None)
+        except BaseException:
+            del self._waiting[number]
+            raise
+        # Who ends the wait takes the question out of the table first, so that nobody wakes the task twice.
+        await trio.lowlevel.wait_task_rescheduled(aborted)
         if question.answer is None:
             raise WeatherError(question.error)
         return question.answer
@@ -76,11 +85,15 @@ class Questions:
         if question is not None and question.peer == peer:
             question.answer = asked.content
             question.error = f"{peer} does not answer such questions"
-            question.done.set()
+            self._wake(asked.number, question)
 
     def peer_gone(self, peer: str) -> None:
         """Its stream is closed: no answer will come."""
-        for question in self._waiting.values():
-            if question.peer == peer and not question.done.is_set():
+        for number, question in list(self._waiting.items()):
+            if question.peer == peer:
                 question.error = f"the stream to {peer} is closed"
-                question.done.set()
+                self._wake(number, question)
+
+    def _wake(self, number: int, question: _Question) -> None:
+        del self._waiting[number]
+        trio.lowlevel.reschedule(question.task)

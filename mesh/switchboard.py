@@ -116,6 +116,8 @@ class Switchboard:
         self._unread_keys: set[int] = set()
         self._is_large = False
         self._is_turning = False
+        self._has_news = False
+        """Something came for one of the machines since the last batch."""
         now = trio.current_time()
         self._maintain_due_s = now + settings.maintain_interval_s
         self._clock_due_s = now + CLOCK_INTERVAL_S
@@ -321,19 +323,21 @@ class Switchboard:
         peer, kind = pipe.peer, frame.type
         assert peer is not None
         if kind in STATE_TYPES:
+            self._has_news = True
             if self.streams.is_bound(pipe):
                 self.replica.receive(peer.name, frame, trio.current_time())
             elif len(pipe.early_state) < EARLY_FRAMES_MAX and len(frame.body) <= EARLY_BYTES_MAX:
                 # A restarted peer speaks as soon as its stream is open; we bind it when membership has told its new life.
                 pipe.early_state.append(frame)
         elif kind in _MEMBERSHIP:
+            self._has_news = True
             message = codec.decode(frame.body)
             if message.source.boot != peer.boot or message.source.name != peer.name:
                 raise DecodeError("a message in another's name")
             is_datagram = kind == FrameType.DATAGRAM
             self.swim.receive(message, peer.address, trio.current_time(), by_stream=not is_datagram)
         elif kind == FrameType.ASK:
-            pipe.send(self.questions.on_ask(peer.name, frame.body))
+            pipe.send_now(self.questions.on_ask(peer.name, frame.body))
         elif kind == FrameType.ANSWER:
             self.questions.on_answer(peer.name, frame.body)
         elif kind == FrameType.KEEPALIVE:
@@ -348,8 +352,10 @@ class Switchboard:
             self._count("frames_unknown")
 
     def on_batch(self, pipe: Pipe) -> None:
-        """See `pipe.Ears`."""
-        self.turn()
+        """See `pipe.Ears`. Questions and answers are no news to the machines: who waits for them waits for no turn."""
+        if self._has_news:
+            self._has_news = False
+            self.turn()
 
     def state_for(self, pipe: Pipe, bytes_max: int) -> list[Frame]:
         """See `pipe.Ears`."""

@@ -63,6 +63,9 @@ SLOW_STEPS = 10
 RTT_STEPS = 50
 LIMITS_BYTES_MAX = 16 * 1024 * 1024
 """A thousand divided limits of 32 nodes in full words."""
+TELL_AFTER_S = 0.002
+"""What was decided for a peer is told so much later than the peer itself has its answer: a process that goes on working after an
+answer keeps the processor from whoever waits for it on the same host."""
 CHAINS_PATIENCE_S = 2.0
 """A question for lost chains waits so long; nobody else waits for it."""
 LEAVE_PATIENCE_S = 2.0
@@ -197,6 +200,7 @@ class MeshNode:
         self._wants_leave = trio.Event()
         self._has_ended = trio.Event()
         self._is_unsettled = trio.Event()
+        self._untold = trio.CancelScope()
         self._subscribe()
 
     def _build(self, settings: Settings, rng: Random, wall: Callable[[], float], *, is_sealed: bool) -> None:
@@ -232,6 +236,7 @@ class MeshNode:
             policy_of=parts.policy_known,
             settle=self._settle,
             telling=self.loads.look,  # a placement and the request in flight are told together
+            soon=self._tell_soon,
             peers_done=self._peers_done,
         )
         self.keys = SharedKeys(
@@ -402,6 +407,7 @@ class MeshNode:
         task_status.started()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._keep_settled)
+            nursery.start_soon(self._keep_telling)
             nursery.start_soon(self._keep_rhythm, nursery)
             nursery.start_soon(
                 Warming(self._agent, self._peers, self._chains, self.prefixes, self._log.info).run
@@ -450,6 +456,17 @@ class MeshNode:
     def _settle(self) -> None:
         if self.workers.is_dirty:
             self.workers.settle(trio.current_time())
+
+    def _tell_soon(self) -> None:
+        # A deadline costs nothing now; an event would have its task run before this process gives the processor away.
+        self._untold.deadline = min(self._untold.deadline, trio.current_time() + TELL_AFTER_S)
+
+    async def _keep_telling(self) -> None:
+        while True:
+            with self._untold:
+                await trio.sleep_forever()
+            self._untold = trio.CancelScope()
+            self.prefixes.tell_waiting(trio.current_time())
 
     async def _keep_rhythm(self, nursery: trio.Nursery) -> None:
         looks = 0

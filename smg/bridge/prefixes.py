@@ -51,8 +51,8 @@ PolicyOf = Callable[[str, Kind], Policy | None]
 
 class SharedPrefixes:
     """See the module. `settle` brings the fleet up to date with lists already heard: placements name workers of the
-    same breath. `telling` is called with each delta: what else should be on its way with it;
-    `peers_done` is told of a worker on which peers placed something and have nothing in flight."""
+    same breath. `telling` is called with each delta: what else should be on its way with it; `soon` asks for a call of
+    `tell_waiting` as soon as an answer that is being made is on its way; `peers_done` is told of a worker on which peers placed something and have nothing in flight."""
 
     def __init__(
         self,
@@ -65,6 +65,7 @@ class SharedPrefixes:
         policy_of: PolicyOf,
         settle: Callable[[], None],
         telling: Callable[[], None],
+        soon: Callable[[], None],
         peers_done: Callable[[Worker], None],
     ) -> None:
         self._state = state
@@ -77,6 +78,7 @@ class SharedPrefixes:
         self._policy_of = policy_of
         self._settle = settle
         self._telling = telling
+        self._soon = soon
         self._peers_done = peers_done
         self._models: dict[int, str] = {}
         self._waiting: list[tuple[str, News, float, int]] = []
@@ -103,14 +105,19 @@ class SharedPrefixes:
         self._asker = words.model_ref(peer) if peer is not None else 0
 
     def tell(self, model: str, news: News, now: float) -> None:
-        """A placement of this node's policies; told at once if nothing was told lately."""
+        """A placement of this node's policies; told at once if nothing was told lately and nobody waits meanwhile."""
         self._waiting.append((model, news, now, self._asker))
         self._waiting_blocks += len(news.placement.hashes)
-        if (
-            self._flushes + (now - self._flushed_s) * FLUSHES_PER_S >= 1.0
-            or self._waiting_blocks >= BATCH_BLOCKS_MAX
-            or len(self._waiting) >= WAITING_MAX
-        ):
+        if self._waiting_blocks >= BATCH_BLOCKS_MAX or len(self._waiting) >= WAITING_MAX:
+            self.flush(now)
+        elif self._asker:
+            self._soon()  # the peer waits for this decision, and it is its answer that comes first
+        else:
+            self.tell_waiting(now)
+
+    def tell_waiting(self, now: float) -> None:
+        """Tell what waits, if so many deltas may go."""
+        if self._waiting and self._flushes + (now - self._flushed_s) * FLUSHES_PER_S >= 1.0:
             self.flush(now)
 
     def flush(self, now: float) -> None:

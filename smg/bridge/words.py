@@ -244,6 +244,8 @@ class UsagePage(Word, frozen=True):
 
 PLACEMENT, CHAINS, PAGE, USAGE = 1, 2, 3, 4
 """Kinds of questions."""
+_PLACEMENT_HEAD = bytes((0x90 + len(Asked.__struct_fields__), VERSION, PLACEMENT))
+"""How a question for a placement begins in MessagePack, as long as both nodes know the same fields."""
 
 W = TypeVar("W", bound=Word)
 _pack = msgspec.msgpack.Encoder().encode
@@ -255,10 +257,13 @@ _kind = msgspec.msgpack.Decoder(tuple[Any, ...])
 class Reader(Generic[W]):
     """Reads one kind of word; its decoder is made once."""
 
-    __slots__ = ("_decode",)
+    __slots__ = ("_decode", "_floats")
 
     def __init__(self, kind: type[W]) -> None:
         self._decode = msgspec.msgpack.Decoder(kind).decode
+        self._floats = tuple(
+            field.name for field in msgspec.structs.fields(kind) if field.type in (float, float | None)
+        )
 
     def __call__(self, data: bytes) -> W | None:
         """The word, or None when it is none of this kind or of another version."""
@@ -266,15 +271,13 @@ class Reader(Generic[W]):
             word = self._decode(data)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, OverflowError):
             return None
-        return word if word.version == VERSION and _is_finite(word) else None
-
-
-def _is_finite(word: msgspec.Struct) -> bool:
-    """NaN and infinity are numbers in MessagePack, and poison in arithmetic."""
-    return all(
-        not isinstance(value, float) or math.isfinite(value)
-        for value in (getattr(word, name) for name in word.__struct_fields__)
-    )
+        if word.version != VERSION:
+            return None
+        for name in self._floats:  # NaN and infinity are numbers in MessagePack, and poison in arithmetic
+            value = getattr(word, name)
+            if value is not None and not math.isfinite(value):
+                return None
+        return word
 
 
 def encode(word: msgspec.Struct) -> bytes:
@@ -349,6 +352,8 @@ def read_told(data: bytes) -> Told | None:
 
 def read_question(data: bytes) -> Asked | AskedChains | AskedPage | AskedUsage | None:
     """A peer's question of a known kind."""
+    if data[:3] == _PLACEMENT_HEAD:
+        return _asked(data)  # most of them, and a request waits: it is not read twice
     try:
         parts = _kind.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):

@@ -64,6 +64,9 @@ class CuttableStream:
         await self._wait_open()
         await self._stream.send_all(data)
 
+    def send_nowait(self, data: bytes) -> int:
+        return 0 if self._network.is_cut(self._name, self._target) else self._stream.send_nowait(data)
+
     async def receive_some(self, bytes_max: int) -> bytes:
         data = await self._stream.receive_some(bytes_max)
         await self._wait_open()

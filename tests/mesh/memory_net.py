@@ -191,6 +191,16 @@ class MemoryStream:
         self._waiting.append(bytes(data))
         self.owner.net.later(DELAY_S, self._flush)
 
+    def send_nowait(self, data: bytes) -> int:
+        taken = min(len(data), max(0, WINDOW_BYTES - self.in_flight))
+        if self.error or self._is_closed or not taken:
+            return 0
+        self.in_flight += taken
+        self.owner.net.count(self.owner.host, taken, False)
+        self._waiting.append(bytes(data[:taken]))
+        self.owner.net.later(DELAY_S, self._flush)
+        return taken
+
     def _flush(self) -> None:
         """One piece arrives, or waits out a cut."""
         net = self.owner.net

@@ -11,8 +11,9 @@ from mesh import Agent, AgentSettings, BoundError, Ephemeral, Lww, Put, Removed,
 from mesh.hooks import Hooks
 from mesh.keyring import Keyring
 from mesh.seal import Sealer
+from mesh.switchboard import Switchboard
 from tests.mesh.agent_world import CONF, LOAD, OWNED, AgentWorld, in_virtual_time, virtual_run, world
-from tests.mesh.memory_net import MemoryTransport
+from tests.mesh.memory_net import MemoryStream, MemoryTransport
 
 SECRET = b"a secret of the mesh, 32 bytes.."
 
@@ -357,6 +358,41 @@ async def test_a_question_is_answered_and_fails_when_it_cannot_be() -> None:
         with pytest.raises(WeatherError, match="closed"), trio.fail_after(15):
             await a.agent.ask("b", b"?")
         assert a.sees()["b"] == "dead" and a.sees()["c"] == "alive" and c.sees()["a"] == "alive"
+
+
+@in_virtual_time
+async def test_an_answer_leaves_in_the_step_that_read_the_question_and_no_machine_turns_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with world() as play:
+        a, b = await play.mesh("ab")
+        await trio.sleep(1)
+        events: list[tuple[str, object]] = []
+        send, turn = MemoryStream.send_nowait, Switchboard.turn
+
+        def noted_send(stream: MemoryStream, data: bytes) -> int:
+            events.append((stream.owner.host, trio.lowlevel.current_task()))
+            return send(stream, data)
+
+        def noted_turn(board: Switchboard) -> None:
+            events.append(("turn", board))
+            turn(board)
+
+        def answer(_peer: str, _question: bytes) -> bytes:
+            events.append(("answer", trio.lowlevel.current_task()))
+            return b"!"
+
+        b.agent.answer_with(answer)
+        monkeypatch.setattr(MemoryStream, "send_nowait", noted_send)
+        monkeypatch.setattr(Switchboard, "turn", noted_turn)
+        for _ in range(3):
+            events.clear()
+            await a.agent.ask("b", b"?")
+            if all(what != "turn" for what, _ in events):  # else a deadline was due meanwhile
+                break
+        (asking, asker), (_, reader), (answering, sender) = events
+        assert (asking, asker) == (a.host, trio.lowlevel.current_task())
+        assert answering == b.host and sender is reader
 
 
 @in_virtual_time

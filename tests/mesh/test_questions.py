@@ -78,3 +78,42 @@ def test_who_has_no_answerer_says_so_and_garbage_is_no_question() -> None:
     ):
         with pytest.raises(DecodeError):
             questions.on_ask("b", body)
+
+
+async def test_an_answer_that_comes_when_its_question_is_given_up_wakes_nobody() -> None:
+    questions, sent = Questions(10), list[Frame]()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(questions.ask, "b", b"?", sent.append)
+        await trio.testing.wait_all_tasks_blocked()
+        number = decode_asked(sent[0].body).number
+        nursery.cancel_scope.cancel()
+        questions.on_answer("b", encode(Asked(number, b"late")))
+        questions.peer_gone("b")
+        assert len(questions) == 0
+    assert nursery.cancel_scope.cancelled_caught
+
+
+async def test_an_answer_and_the_end_of_its_stream_wake_the_question_once() -> None:
+    questions, sent, answers = Questions(10), list[Frame](), list[bytes]()
+
+    async def ask() -> None:
+        answers.append(await questions.ask("b", b"?", sent.append))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(ask)
+        await trio.testing.wait_all_tasks_blocked()
+        number = decode_asked(sent[0].body).number
+        questions.on_answer("b", encode(Asked(number, b"yes")))
+        questions.on_answer("b", encode(Asked(number, b"twice")))
+        questions.peer_gone("b")
+    assert answers == [b"yes"]
+
+
+async def test_a_question_that_cannot_be_sent_is_forgotten() -> None:
+    def send(_frame: Frame) -> None:
+        raise WeatherError("no stream")
+
+    questions = Questions(1)
+    with pytest.raises(WeatherError, match="no stream"):
+        await questions.ask("b", b"?", send)
+    assert len(questions) == 0

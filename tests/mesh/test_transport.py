@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 import trustme
 
 from mesh.errors import DialError, SettingsError, WeatherError
@@ -144,6 +145,42 @@ async def test_a_closed_port_is_told_from_other_failures() -> None:
     with pytest.raises(DialError) as unreachable:
         await one.dial(("255.255.255.255", 9))
     assert not unreachable.value.is_refused
+
+
+async def test_what_is_sent_at_once_is_taken_as_far_as_there_is_room() -> None:
+    async with opened() as (one, _), opened() as (other, port):
+        dialled, accepted = await connected(one, other, port)
+        assert dialled.send_nowait(b"at once") == 7
+        assert await accepted.receive_some(100) == b"at once"
+        data = os.urandom(32 * 1024 * 1024)
+        taken = 0
+        while more := dialled.send_nowait(data[taken:]):
+            taken += more
+        assert 0 < taken < len(data)
+        got = bytearray()
+        while len(got) < taken:
+            got += await accepted.receive_some(1024 * 1024)
+        assert got == data[:taken]
+        await dialled.aclose()
+        assert dialled.send_nowait(b"closed") == 0
+        with pytest.raises(WeatherError):
+            await dialled.receive_some(10)
+        await accepted.aclose()
+
+
+async def test_a_reader_that_waits_is_told_when_its_own_end_is_closed() -> None:
+    async with opened() as (one, _), opened() as (other, port):
+        dialled, accepted = await connected(one, other, port)
+        async with trio.open_nursery() as nursery:
+
+            async def read() -> None:
+                with pytest.raises(WeatherError):
+                    await dialled.receive_some(10)
+
+            nursery.start_soon(read)
+            await trio.testing.wait_all_tasks_blocked()
+            await dialled.aclose()
+        await accepted.aclose()
 
 
 async def test_an_end_and_a_reset_both_read_as_the_end() -> None:

@@ -39,6 +39,7 @@ class Node:
         )
         self.policy = CacheAware("m", index=self.index)
         self.done: list[str] = []
+        self.soon: list[float] = []
 
     def connect(self, wire: Wire) -> None:
         node = wire[self.name]
@@ -51,6 +52,7 @@ class Node:
             policy_of=lambda model, kind: self.policy if (model, kind) == ("m", Kind.REGULAR) else None,
             settle=lambda: None,
             telling=lambda: None,
+            soon=lambda: self.soon.append(trio.current_time()),
             peers_done=lambda worker: self.done.append(worker.id),
         )
         node.hear[PREFIX] = lambda change: self.prefixes.on_change(change, trio.current_time())
@@ -121,9 +123,35 @@ async def test_what_was_decided_for_a_node_is_not_counted_twice_by_it(autojump_c
     a.prefixes.decide_for("b")
     a.place([1, 2], seconds=0.5)
     a.prefixes.decide_for(None)
+    a.prefixes.tell_waiting(trio.current_time())
     wire.run()
     assert b.depth([1, 2]) == 2
     assert b.policy._prices.known(b.workers[0].id).level_s(trio.current_time()) == 0.0
+
+
+async def test_what_is_decided_for_a_node_is_told_when_the_answer_has_left(autojump_clock):
+    wire, a, b = pair()
+    for number in range(int(FLUSHES_MAX) + 1):
+        a.prefixes.decide_for("b")
+        a.place([number])
+        a.prefixes.decide_for(None)
+        assert (
+            a.prefixes.told == number and len(a.soon) == number + 1
+        )  # nothing was done but to ask for a call
+        a.prefixes.tell_waiting(trio.current_time())
+        a.prefixes.tell_waiting(trio.current_time())
+        assert a.prefixes.told == min(number + 1, FLUSHES_MAX)  # in the rhythm of all placements
+    await trio.sleep(1.0 / FLUSHES_PER_S)
+    a.prefixes.tell_waiting(trio.current_time())
+    wire.run()
+    assert all(b.depth([number]) == 1 for number in range(int(FLUSHES_MAX) + 1))
+
+
+async def test_what_is_decided_for_nodes_is_told_at_once_when_it_is_too_much(autojump_clock):
+    _wire, a, _b = pair()
+    a.prefixes.decide_for("b")
+    a.place(list(range(BATCH_BLOCKS_MAX)))
+    assert a.prefixes.told == 1
 
 
 async def test_a_placement_whose_beginning_is_unknown_is_asked_for(autojump_clock):

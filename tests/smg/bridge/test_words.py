@@ -102,6 +102,10 @@ def test_numbers_that_poison_arithmetic_are_refused(number: float):
     assert words.read_batch(words.batch([placed])) == ([], 1)
     assert words.read_told(words.encode(words.Told(VERSION, b"", number))) is None
     assert words.read_sticky_key(words.encode(words.StickyKey(VERSION, REF, number))) is None
+    asked = words.Asked(VERSION, words.PLACEMENT, True, "m", 500, number, None, 2000, b"")
+    assert words.read_question(words.encode(asked)) is None
+    load = words.EngineLoad(VERSION, 3, 1, 2, None, 5, None, None, None, number)
+    assert words.read_engine_load(words.encode(load)) is None
 
 
 def test_a_negative_prefill_is_refused():
