@@ -182,6 +182,12 @@ class Account:
             recent = [seconds for sent_s, seconds in self._recent if sent_s <= report.at_s]
             self._queued_s = self._queue_s(report, recent, mean_s) if waiting else 0.0
             current = max(self.level_s(report.at_s) - self._queued_s, 0.0)
+            begun = len(self.placed) - len(self.open)  # those of ours whose first byte has come
+            count = max(0, report.running - begun)
+            if not waiting and count <= len(recent):
+                # Whatever is in front belongs to requests that are there and not begun, at most the latest ones: what was booked
+                # too dear, or is over without our knowing, ends here even if the engine tells of no queue.
+                current = min(current, sum(recent[-count:]) if count else 0.0)
             if not waiting and self._are_two_in_prefill(report.at_s):
                 self.silent_until_s = report.at_s + SILENT_S
             # One request is in prefill, most likely the one sent before those that wait; news may be missing.

@@ -79,3 +79,19 @@ def test_what_was_booked_with_a_wrong_pace_is_corrected_with_it():
 
 def asked_tokens(asked, site):
     return site.policy.question(asked).tokens
+
+
+def test_what_waits_is_never_more_than_the_requests_that_the_worker_tells_of():
+    """Peers told of work by a pace that was ten times too slow; nothing of ours is there whose first byte would tell."""
+    (worker,) = workers_of(1)
+    account = Account(PrefillModel())
+    account.silent_until_s = float(
+        "inf"
+    )  # this engine counts requests that wait for their prefill as running
+    for number in range(6):
+        account.peer_placed(2.0 if number < 4 else 0.5, 10.0 + number / 10)
+    assert account.level_s(10.5) > 8.0
+    account.note(worker, LoadReport(11.0, running=2, waiting=0), 1.0)
+    assert account.level_s(11.0) == pytest.approx(1.0)
+    account.note(worker, LoadReport(11.5, running=0, waiting=0), 1.0)
+    assert account.level_s(11.5) == 0.0
