@@ -177,13 +177,16 @@ class Account:
         if not (self._is_shared or self.has_others):
             self._level_s, self._level_at_s = own, report.at_s
             self._recent = [(request.sent_s, request.seconds) for request in self.open.values()]
-        self.has_others = report.running + waiting > worker.in_flight - worker.sent_since_report
+        on_the_way = self._on_the_way(report.at_s)
+        self.has_others = (
+            report.running + waiting > worker.in_flight - worker.sent_since_report or on_the_way > 0
+        )
         if self.has_others:
             recent = [seconds for sent_s, seconds in self._recent if sent_s <= report.at_s]
             self._queued_s = self._queue_s(report, recent, mean_s) if waiting else 0.0
             current = max(self.level_s(report.at_s) - self._queued_s, 0.0)
             begun = len(self.placed) - len(self.open)  # those of ours whose first byte has come
-            count = max(0, report.running - begun)
+            count = max(0, report.running - begun) + on_the_way
             if not waiting and count <= len(recent):
                 # Whatever is in front belongs to requests that are there and not begun, at most the latest ones: what was booked
                 # too dear, or is over without our knowing, ends here even if the engine tells of no queue.
@@ -199,6 +202,18 @@ class Account:
             level = max(own, self._queued_s + current)
         self._reported_s = self._level_s = level
         self._level_at_s = report.at_s
+
+    def _on_the_way(self, at_s: float) -> int:
+        """Requests of peers, sent so shortly before a report of `at_s` that it may not have counted them."""
+        since_s = at_s - ON_THE_WAY_S
+        count = 0
+        for sent_s, _ in reversed(self._recent):
+            if sent_s <= since_s:
+                break
+            count += sent_s <= at_s
+        if count:  # some of them may be ours: the engine has them, or we know that it has not
+            count -= sum(since_s < request.sent_s <= at_s for request in self.placed.values())
+        return max(0, count)
 
     def _are_two_in_prefill(self, at_s: float) -> bool:
         """Whether two streams of ours had been sent well before `at_s` and still waited for their first bytes."""

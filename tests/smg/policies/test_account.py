@@ -95,3 +95,14 @@ def test_what_waits_is_never_more_than_the_requests_that_the_worker_tells_of():
     assert account.level_s(11.0) == pytest.approx(1.0)
     account.note(worker, LoadReport(11.5, running=0, waiting=0), 1.0)
     assert account.level_s(11.5) == 0.0
+
+
+def test_a_report_does_not_end_what_a_peer_had_sent_just_before_it():
+    (worker,) = workers_of(1)
+    account = Account(PrefillModel())
+    account.peer_placed(1.0, 10.99)
+    account.note(worker, LoadReport(11.0, running=0, waiting=0), 1.0)
+    assert account.has_others
+    assert account.level_s(11.0) == pytest.approx(0.99)
+    account.note(worker, LoadReport(11.2, running=0, waiting=0), 1.0)
+    assert account.level_s(11.2) == 0.0
