@@ -160,6 +160,7 @@ class World:
         self._gap_at_s = 0.0
         self._decisions_us: list[float] = []
         self._owner_rng = Random(settings.seed + 1)
+        self._asker: int | None = None
 
     def run(self) -> Measured:
         """Replay the whole trace."""
@@ -195,7 +196,7 @@ class World:
             return
         loss = self.settings.loss_ratio
         for number, gateway in enumerate(self.gateways):
-            if number == sender:
+            if number in (sender, self._asker):
                 continue
             receiver = send(gateway)
             if receiver is not None:
@@ -242,7 +243,9 @@ class World:
         if owner == home:
             return
         other = self.gateways[owner]
+        self._asker = home  # it books the answer itself
         decision = cast(CacheAware, other.policy).decide(question, other.workers, now, self._owner_rng)
+        self._asker = None
         if decision is not None:
             policy.follow(call, decision)
 

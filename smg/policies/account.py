@@ -242,8 +242,8 @@ class Account:
             seconds = max(told * ratio, told + fit.per_pair_s * tokens * tokens / (2.0 * waiting))
         return seconds * slowdown(report.running)
 
-    def place(self, key: object, request: Open, is_told: bool = False) -> None:
-        """A request of ours goes to the worker. `is_told`: a peer has placed it and tells so, which fills the level."""
+    def place(self, key: object, request: Open) -> None:
+        """A request of ours goes to the worker."""
         sent_s, seconds = request.sent_s, request.seconds
         open_ = self.open
         if open_ and self.head_until_s <= sent_s:
@@ -262,7 +262,7 @@ class Account:
             self.seconds = seconds
             self.head_until_s = self.busy_until_s = (sent_s if sent_s > since_s else since_s) + seconds
         open_[key] = request
-        if (self._is_shared or self.has_others) and not is_told:
+        if self._is_shared or self.has_others:
             self._pour(sent_s, seconds)
 
     def _pour(self, sent_s: float, seconds: float) -> None:

@@ -173,7 +173,7 @@ class CacheAware:
         decision = self._followed.pop(call_id, None) if self._followed else None
         is_told = decision is not None and decision.worker_id == worker_id
         if decision is not None and is_told:
-            # Its owner has told everybody, perhaps us too by now: then our index holds this very prompt already.
+            # Its owner has told everybody, and by now perhaps our index too, which then holds this very prompt.
             depth = min(decision.matched_blocks, len(question.blocks))
             cached = cached_tokens(question, depth)
         elif match.steps:
@@ -189,12 +189,11 @@ class CacheAware:
         if homes and homes[0] == worker_id:
             request.home_blocks = len(question.blocks) - depth
         account.placed[call_id] = request
-        account.place(call_id, request, is_told)
+        account.place(call_id, request)
         if prices.is_ordered:
             prices.moved(account, worker_id, now)
-        if not is_told:
-            in_flight = worker.in_flight
-            prices.admit(seconds * SLOWDOWNS[in_flight if in_flight < SLOTS else SLOTS], now)
+        in_flight = worker.in_flight
+        prices.admit(seconds * SLOWDOWNS[in_flight if in_flight < SLOTS else SLOTS], now)
         blocks = question.blocks if account.no_cache_until_s <= now else ()
         if self._is_alone:
             if blocks:
