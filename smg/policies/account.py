@@ -333,7 +333,7 @@ class Account:
         """A peer told that it sent `seconds` of prefill at `sent_s` of our clock."""
         self.has_others = True
         report = self.report
-        if report is None or sent_s > report.at_s:
+        if report is None or sent_s > report.at_s - ON_THE_WAY_S or self.silent_until_s > report.at_s:
             self._add(sent_s, seconds)
             self._remember(sent_s, seconds)
             return

@@ -106,3 +106,18 @@ def test_a_report_does_not_end_what_a_peer_had_sent_just_before_it():
     assert account.level_s(11.0) == pytest.approx(0.99)
     account.note(worker, LoadReport(11.2, running=0, waiting=0), 1.0)
     assert account.level_s(11.2) == 0.0
+
+
+def test_late_news_counts_where_the_engine_tells_of_no_queue():
+    """Its reports say that nothing waits, whatever waits: that two were sent since does not mean that the first is over."""
+    (worker,) = workers_of(1)
+    account = Account(PrefillModel())
+    account.silent_until_s = float("inf")
+    account.note(worker, LoadReport(9.0, running=1, waiting=0), 1.0)
+    account.place(1, sent(0.5, 10.5, is_stream=True))
+    account.place(2, sent(0.5, 10.6, is_stream=True))
+    worker.in_flight = 2
+    account.note(worker, LoadReport(10.7, running=3, waiting=0), 1.0)
+    before = account.level_s(10.7)
+    account.peer_placed(3.0, 10.4)
+    assert account.level_s(10.7) == pytest.approx(before + 3.0)
