@@ -230,7 +230,10 @@ class SharedPrefixes:
         else:
             news = News(placement, item.prefill_ms / 1000)
             is_known = policy.heard(news, now - item.age_ms / 1000, now)
-            self._heard_on[item.ref] = now  # its load comes in another message, perhaps a moment later
+            if item.asker or worker.peers_in_flight:
+                self._heard_on[item.ref] = now
+            else:  # whoever sent it has told its load in the same breath: it is over already
+                self._peers_done(worker)
         if not is_known:
             self.orphans += 1
             missing = self._missing.setdefault(owner, {})

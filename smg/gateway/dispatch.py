@@ -185,7 +185,7 @@ class Dispatch:
         readiness = self._readiness
         started_s = readiness.now_s
         permit = worker.breaker.started(started_s)
-        chars = len(call.text()) if lane.needs_text else 0
+        chars = len(call.text()) if lane.counts_chars else 0
         load.begin(worker, chars)
         if lane.tells_placed:
             lane.policy.placed(call, worker, started_s)

@@ -65,7 +65,7 @@ class Booked:
         self.worker = worker
         self.started_s = now
         self.permit = worker.breaker.started(now)
-        self.chars = len(leg.call.text()) if lane.needs_text else 0
+        self.chars = len(leg.call.text()) if lane.counts_chars else 0
         load.begin(worker, self.chars)
         if lane.tells_placed:
             lane.policy.placed(leg.call, worker, now)

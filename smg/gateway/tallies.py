@@ -43,10 +43,10 @@ class Lane:
     __slots__ = (
         "_selected",
         "_tallies",
+        "counts_chars",
         "entries",
         "model",
         "needs_key",
-        "needs_text",
         "policy",
         "series",
         "tells_finished",
@@ -67,7 +67,7 @@ class Lane:
         self.model = model
         self.policy = policy
         self.needs_key = needs_key or Wants.KEY in policy.wants
-        self.needs_text = Wants.TEXT in policy.wants
+        self.counts_chars = Wants.CHARS in policy.wants
         kind = type(policy)
         self.tells_placed = getattr(kind, "placed", None) is not Stateless.placed
         self.tells_finished = getattr(kind, "finished", None) is not Stateless.finished

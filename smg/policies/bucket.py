@@ -71,7 +71,7 @@ class Bucket(Stateless):
     """The range that the prompt's length is in."""
 
     name = "bucket"
-    wants = Wants.TEXT
+    wants = Wants.TEXT | Wants.CHARS
 
     def __init__(self, settings: Routing) -> None:
         self._interval_s = settings.bucket_adjust_interval_secs

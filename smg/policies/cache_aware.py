@@ -76,7 +76,7 @@ class CacheAware:
     """The policy of one model. Index, hasher and fits belong to the node and are shared by its models."""
 
     name = "cache_aware"
-    wants = Wants.KEY
+    wants = Wants.TEXT | Wants.KEY
     is_random = False
 
     def __init__(

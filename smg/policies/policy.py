@@ -41,6 +41,7 @@ class Wants(enum.Flag):
     NOTHING = 0
     KEY = enum.auto()  # the routing key (RT-5)
     TEXT = enum.auto()  # the prompt text (RT-7)
+    CHARS = enum.auto()  # the characters in flight on each worker, counted (RT-3)
 
 
 class Outcome(msgspec.Struct, frozen=True, gc=False):

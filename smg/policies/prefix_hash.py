@@ -24,7 +24,7 @@ class PrefixHash(Stateless):
     """The prompt's worker on the ring. `branches` counts placements by what decided (MET-6)."""
 
     name = "prefix_hash"
-    wants = Wants.KEY | Wants.TEXT
+    wants = Wants.KEY | Wants.TEXT | Wants.CHARS
 
     def __init__(self, settings: Routing) -> None:
         self._chars = CHARS_PER_TOKEN * settings.prefix_token_count

@@ -182,9 +182,8 @@ class Prices:
                         if cached >= tokens:
                             cached = tokens - 1
                         prefill_s = price * fit.seconds(tokens - cached, cached)
-                in_flight = worker.in_flight
+                in_flight = worker.in_flight + worker.peers_in_flight
                 if account.has_others:
-                    in_flight += worker.peers_in_flight
                     report = worker.report
                     if report is not None and worker.report_until_s <= now:
                         report = None
@@ -225,9 +224,7 @@ class Prices:
                 penalty = view.penalty_s
         cached = cached_tokens(view.question, depth)
         seconds = account.fit.seconds(view.question.tokens - cached, cached)
-        in_flight = worker.in_flight
-        if account.has_others:
-            in_flight += worker.peers_in_flight
+        in_flight = worker.in_flight + worker.peers_in_flight
         if report is not None:
             if account.has_others:
                 in_flight = max(in_flight, report.running + report.waiting + worker.sent_since_report)
