@@ -11,6 +11,7 @@ our own account alone counts. It decides nothing and never reads a clock; the po
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections import deque
 
 import msgspec
 
@@ -20,6 +21,8 @@ from smg.policies.neighbours import Question
 
 RECENT_MAX = 64
 """Placements on a worker remembered with their seconds: they tell what a report's waiting requests cost."""
+PEERS_SENT_MAX = 16
+"""Placements of peers on a worker whose times are remembered: those on the way when a report was made are fewer."""
 LATE_NEWS = 4
 """Placements of a worker that may not have been heard of yet, when its queue is matched with what was heard."""
 SILENT_S = 60.0
@@ -77,6 +80,7 @@ class Account:
         "_is_shared",
         "_level_at_s",
         "_level_s",
+        "_peers_sent",
         "_queued_s",
         "_recent",
         "_reported_s",
@@ -128,6 +132,9 @@ class Account:
         self._level_at_s = float("-inf")
         self._reported_s = 0.0  # the level at `report`, and how much of it was queue
         self._queued_s = 0.0
+        self._peers_sent: deque[float] = deque(
+            maxlen=PEERS_SENT_MAX
+        )  # when peers placed something here, lately
         self._recent: list[tuple[float, float]] = []  # (sent, seconds) of everybody, in order of sending
         self.empty_s = float("-inf")
         """When the worker will have nothing left, if nothing more comes; kept by the policy above for its order."""
@@ -205,15 +212,7 @@ class Account:
 
     def _on_the_way(self, at_s: float) -> int:
         """Requests of peers, sent so shortly before a report of `at_s` that it may not have counted them."""
-        since_s = at_s - ON_THE_WAY_S
-        count = 0
-        for sent_s, _ in reversed(self._recent):
-            if sent_s <= since_s:
-                break
-            count += sent_s <= at_s
-        if count:  # some of them may be ours: the engine has them, or we know that it has not
-            count -= sum(since_s < request.sent_s <= at_s for request in self.placed.values())
-        return max(0, count)
+        return sum(at_s - ON_THE_WAY_S < sent_s <= at_s for sent_s in self._peers_sent)
 
     def _are_two_in_prefill(self, at_s: float) -> bool:
         """Whether two streams of ours had been sent well before `at_s` and still waited for their first bytes."""
@@ -332,6 +331,7 @@ class Account:
     def peer_placed(self, seconds: float, sent_s: float) -> None:
         """A peer told that it sent `seconds` of prefill at `sent_s` of our clock."""
         self.has_others = True
+        self._peers_sent.append(sent_s)
         report = self.report
         if report is None or sent_s > report.at_s - ON_THE_WAY_S or self.silent_until_s > report.at_s:
             self._add(sent_s, seconds)

@@ -121,3 +121,14 @@ def test_late_news_counts_where_the_engine_tells_of_no_queue():
     before = account.level_s(10.7)
     account.peer_placed(3.0, 10.4)
     assert account.level_s(10.7) >= before + 3.0
+
+
+def test_what_we_have_sent_and_seen_end_just_before_a_report_is_nobody_elses():
+    (worker,) = workers_of(1)
+    account = Account(PrefillModel(), is_shared=True)
+    for key in range(20):
+        account.place(key, sent(0.01, 10.0 + key / 1000, is_stream=True))
+        account.first_byte(key, 1.0, 10.0 + key / 1000)
+        account.end(key, 10.0 + key / 1000)
+    account.note(worker, LoadReport(10.03, running=0, waiting=0), 1.0)
+    assert not account.has_others

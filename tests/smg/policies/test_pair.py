@@ -54,4 +54,4 @@ def test_a_key_sticks_on_both_legs_and_a_lost_leg_moves_alone():
 
 
 def test_it_wants_what_either_leg_wants():
-    assert Pair(RoundRobin(Routing()), PrefixHash(Routing())).wants == Wants.KEY | Wants.TEXT
+    assert Pair(RoundRobin(Routing()), PrefixHash(Routing())).wants == Wants.KEY | Wants.TEXT | Wants.CHARS
