@@ -45,7 +45,8 @@ PATTERN_WORDS = {
 """Words that say how a room is made or nothing at all; a room that needs one has not found its noun (docs/style.md)."""
 
 UNFINISHED = re.compile(r"\b(" + "|".join(("TO" + "DO", "FIX" + "ME", "X" * 3, "HA" + "CK")) + r")\b")
-PLACES_OF_ONE_MACHINE = re.compile("|".join((r"/root/", r"/home/[a-z]", r"/Users/", re.escape(f"{HOUSE}/"))))
+HOMES = ("root", "home", "Users")
+PLACES_OF_ONE_MACHINE = re.compile(rf"/(?:{'|'.join(HOMES)})/\w|{re.escape(str(HOUSE))}/")
 """Home folders, and wherever this copy of the project lies."""
 REGISTRIES = re.compile(
     "|".join((r"\bpypi" + r"\.org", r"pythonhosted" + r"\.org", r"npmjs" + r"\.(org|com)", r"proxy\.golang"))

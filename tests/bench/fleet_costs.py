@@ -105,7 +105,7 @@ def policies(count: int, budgets_us: dict[str, float]) -> None:
             question = call("a prompt of some length " * 40, key="session-17")
             question.text()
 
-            def routed(policy=policy, pool=pool, question=question) -> None:  # type: ignore[no-untyped-def]
+            def routed(policy=policy, pool=pool, question=question) -> None:  # type: ignore[no-untyped-def]  # the defaults bind the loop's variables
                 worker = policy.choose(question, pool.candidates(1.0), 1.0, rng)
                 policy.placed(question, worker, 1.0)
 

@@ -350,7 +350,7 @@ async def test_adm_5_the_tenant_of_a_request():
                     seen.append(tenants.of(exchange))
                     await serve(exchange, *rest)
 
-                gateway.node._app._generate.serve = watch  # type: ignore[method-assign]
+                gateway.node._app._generate.serve = watch  # type: ignore[method-assign]  # looks at the head
                 client = await gateway.connect()
                 for _ in range(3):
                     assert (await client.ask(CHAT, HELLO, *lines)).status == 200

@@ -324,7 +324,7 @@ async def test_err_31_sdks_raise_rate_limit_errors_and_come_back_when_they_were_
                 assert full.value.code == LIMITED and full.value.response.headers["retry-after"] == "1"
                 with pytest.raises(anthropic.RateLimitError) as other:
                     second.messages.create(model="m", messages=user, max_tokens=80)
-                assert other.value.body["error"]["type"] == "rate_limit_error"  # type: ignore[index,call-overload]
+                assert other.value.body["error"]["type"] == "rate_limit_error"  # type: ignore[index,call-overload]  # the SDK says object
                 began_s = time.monotonic()
                 patient.chat.completions.create(model="m", messages=user, max_tokens=80)
                 waited_s = time.monotonic() - began_s

@@ -102,8 +102,8 @@ async def connect(gateway: Gateway, receive_bytes: int | None = None, **options:
     )
     with trio.fail_after(PATIENCE_S):
         await stream.do_handshake()
-    client = Client(stream)  # type: ignore[arg-type]
-    client.reset = plain.reset  # type: ignore[method-assign]
+    client = Client(stream)  # type: ignore[arg-type]  # TLS streams have the methods that are used
+    client.reset = plain.reset  # type: ignore[method-assign]  # a reset is the socket's
     return client
 
 
